@@ -1,0 +1,121 @@
+"""The switches: one immutable :class:`Features` snapshot, its description, and its validation. Imports no torch.
+
+A step reads the snapshot once and stamps its record with the epoch, so that every measured number can be traced to
+the exact settings it was measured under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from inference_server.protocol import Cost, FeatureSpec
+
+FeatureValue = bool | int | str
+
+COST_ORDER: tuple[Cost, ...] = ("free", "prebuilt", "catch-up", "recompute", "rebuild")
+
+
+class FeatureError(ValueError):
+    """A feature value was refused. The message names the feature, what was wrong, and what is allowed."""
+
+
+class Features(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be switched while serving. Defaults are what a user wants who never opens the switchboard."""
+
+    kv_cache: bool = True
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+
+    def as_dict(self) -> dict[str, FeatureValue]:
+        """Return the values by name, in declaration order."""
+        return {name: getattr(self, name) for name in self.__struct_fields__}
+
+
+SPECS: tuple[FeatureSpec, ...] = (
+    FeatureSpec(
+        name="kv_cache",
+        title="KV cache",
+        group="Memory",
+        kind="bool",
+        default=True,
+        cost="recompute",
+        description=(
+            "Keep every token's keys and values. Off, each new token computes all tokens before it again, "
+            "so a step takes longer the longer the text is."
+        ),
+    ),
+    FeatureSpec(
+        name="max_num_seqs",
+        title="Batch cap",
+        group="Batching",
+        kind="int",
+        default=32,
+        minimum=1,
+        maximum=256,
+        cost="free",
+        description="How many requests may share one step.",
+    ),
+    FeatureSpec(
+        name="max_num_batched_tokens",
+        title="Token budget",
+        group="Batching",
+        kind="int",
+        default=2048,
+        minimum=1,
+        maximum=65536,
+        cost="free",
+        description="How many token positions one step may compute. Smaller keeps decode smooth while prompts come in.",
+    ),
+)
+
+
+def specs_by_name() -> dict[str, FeatureSpec]:
+    """Return :data:`SPECS` keyed by feature name."""
+    return {spec.name: spec for spec in SPECS}
+
+
+def validate(name: str, value: object, specs: Mapping[str, FeatureSpec]) -> FeatureValue:
+    """Check one value against its description.
+
+    Raises
+    ------
+    FeatureError
+        If the feature is unknown or unavailable here, or the value has the wrong type or is out of range.
+    """
+    spec = specs.get(name)
+    if spec is None:
+        raise FeatureError(f"There is no feature {name!r}. The features are: {', '.join(sorted(specs))}.")
+    if not spec.available and value != spec.default:
+        raise FeatureError(f"{name!r} cannot be changed here: {spec.unavailable_reason}")
+    if spec.kind == "bool":
+        if not isinstance(value, bool):
+            raise FeatureError(f"{name!r} is true or false, not {value!r}.")
+        return value
+    if spec.kind == "int":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FeatureError(f"{name!r} is a whole number, not {value!r}.")
+        low, high = spec.minimum, spec.maximum
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise FeatureError(f"{name!r} must be between {low} and {high}, not {value}.")
+        return value
+    if not isinstance(value, str) or value not in spec.choices:
+        raise FeatureError(f"{name!r} is one of {', '.join(spec.choices)}, not {value!r}.")
+    return value
+
+
+def apply(current: Features, values: Mapping[str, object], specs: Mapping[str, FeatureSpec]) -> Features:
+    """Return ``current`` with ``values`` replaced, or raise :class:`FeatureError` and change nothing."""
+    checked = {name: validate(name, value, specs) for name, value in values.items()}
+    return msgspec.structs.replace(current, **checked)
+
+
+def changed(before: Features, after: Features) -> list[str]:
+    """Names of the features whose value differs."""
+    return [name for name in before.__struct_fields__ if getattr(before, name) != getattr(after, name)]
+
+
+def cost_of(names: list[str], specs: Mapping[str, FeatureSpec]) -> Cost:
+    """The dearest cost class among ``names``; ``"free"`` for none."""
+    return max((specs[name].cost for name in names), key=COST_ORDER.index, default="free")

@@ -1,0 +1,534 @@
+"""Typed messages between the front, the engine and every client. Owns the wire format; imports no torch.
+
+Three conversations share these types:
+
+* front ⇄ engine over ZeroMQ, MessagePack-encoded tagged structs (:data:`ToEngine`, :data:`FromEngine`);
+* front → browser or notebook over one WebSocket (:data:`ServerMessage`), made of telemetry events (:data:`Event`);
+* browser or notebook → front on the same socket (:data:`ClientMessage`).
+
+Every time is an ``int`` of nanoseconds on a monotonic clock. The engine's times are converted to the front's clock by
+the front before they go any further (:class:`Pong` gives the offset), so a client compares only one clock with itself.
+A request is known on the wire by its *handle*, a small integer that the front hands out; the OpenAI-style id string
+travels once, in :class:`RequestEvent`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+Cost = Literal["free", "prebuilt", "catch-up", "recompute", "rebuild"]
+EngineState = Literal["starting", "loading", "ready", "failed", "restarting", "stopped"]
+RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Kind(IntEnum):
+    """What one request's share of a step was for."""
+
+    PREFILL = 0
+    DECODE = 1
+    RECOMPUTE = 2
+    """Positions computed before and thrown away: after a preemption, a switch, or with the KV cache off."""
+    DRAFT = 3
+    VERIFY = 4
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=False, tag_field="t"):
+    """Base of every message: frozen, and tagged with the field ``t``."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is served
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of a request are chosen and when it ends. Field names are those of the OpenAI and vLLM APIs."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many alternatives to report per token beside the chosen one; ``None`` reports nothing."""
+    json_schema: str | None = None
+    """A JSON schema that the output must satisfy, as JSON text; ``None`` leaves the output free."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that an engine has loaded."""
+
+    name: str
+    """The name it is served under in the OpenAI API."""
+    source: str
+    architecture: str
+    path: str
+    """Folder with ``tokenizer.json`` and ``tokenizer_config.json``, for the front's tokenizer."""
+    num_parameters: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    device: str
+    device_name: str
+    weight_bytes: int
+    eos_token_ids: tuple[int, ...]
+    quantized_source: str | None = None
+    """Set when the loaded weights were themselves dequantized, e.g. ``"Q4_1"``: the baseline is not full precision."""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """What was fixed when the engine started; :class:`~inference_server.features.Features` is what can be switched."""
+
+    block_size: int
+    """Token positions a KV block holds."""
+    num_blocks: int
+    kv_bytes: int
+    """Memory of the whole KV cache."""
+    kv_bytes_per_token: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to start an engine process; passed to it as JSON (``python -m inference_server.engine --config …``)."""
+
+    model: str = "default"
+    """``"default"``, a hub id, a folder with safetensors weights, or a ``.gguf`` file."""
+    served_name: str | None = None
+    device: str = "auto"
+    """``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    block_size: int = 16
+    kv_bytes: int | None = None
+    """Memory for the KV cache; ``None`` sizes it from what is free."""
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    threads: int | None = None
+    """CPU threads for the forward pass; ``None`` leaves torch's own choice."""
+    features: dict[str, bool | int | str] = {}
+    """Feature values to start with, where they differ from the defaults."""
+
+
+class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One switch, described well enough to draw it, explain it and validate it."""
+
+    name: str
+    title: str
+    group: str
+    kind: Literal["bool", "int", "choice"]
+    default: bool | int | str
+    cost: Cost
+    description: str
+    choices: tuple[str, ...] = ()
+    minimum: int | None = None
+    maximum: int | None = None
+    available: bool = True
+    unavailable_reason: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Front → engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Submit(Message, tag="submit", kw_only=True):
+    """Start a request. ``requests`` has one handle per sample (``n``); they share the prompt."""
+
+    requests: tuple[int, ...]
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    arrival_ns: int
+    """When the front accepted it, on the front's clock: only ever handed back, never compared by the engine."""
+    priority: int = 0
+    """Lower runs first under the ``priority`` policy."""
+    overrides: dict[str, bool | int | str] = {}
+    """Per-request feature values, for the features that allow one."""
+
+
+class Cancel(Message, tag="cancel"):
+    """End a request that nobody waits for any more, or that met a stop string."""
+
+    request: int
+
+
+class SetFeatures(Message, tag="set_features"):
+    """Replace some feature values between two steps. Answered by :class:`FeaturesApplied` or :class:`CommandFailed`."""
+
+    correlation: int
+    values: dict[str, bool | int | str]
+
+
+class CheckIntegrity(Message, tag="check_integrity"):
+    """Verify that no KV block leaked. Answered by :class:`CommandDone` or :class:`CommandFailed`."""
+
+    correlation: int
+
+
+class Ping(Message, tag="ping"):
+    """Ask for the engine's clock. Answered by :class:`Pong`."""
+
+    sent_ns: int
+
+
+class Shutdown(Message, tag="shutdown"):
+    """Finish the current step, report running requests as failed, and exit."""
+
+
+ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | Ping | Shutdown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engine → front
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello", kw_only=True):
+    """First words of an engine process, before the model is loaded."""
+
+    pid: int
+    protocol: int
+    versions: dict[str, str]
+
+
+class LoadProgress(Message, tag="load_progress"):
+    """What the engine is doing before it can serve. ``fraction`` is in [0, 1], ``None`` where it cannot be known."""
+
+    stage: str
+    fraction: float | None
+    detail: str = ""
+
+
+class Ready(Message, tag="ready", kw_only=True):
+    """The engine serves."""
+
+    model: ModelInfo
+    capacity: Capacity
+    features: dict[str, bool | int | str]
+    specs: tuple[FeatureSpec, ...]
+    epoch: int
+    load_ns: int
+    """From process start to now."""
+
+
+class LoadFailed(Message, tag="load_failed"):
+    """The model cannot be served. ``error`` says what was wrong, ``hint`` what to do."""
+
+    error: str
+    hint: str = ""
+
+
+class KvUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """KV cache occupancy, four ways: ``total = used + cached + free`` blocks, and filled slots of the used ones."""
+
+    total_blocks: int
+    used_blocks: int
+    """Referenced by at least one request."""
+    cached_blocks: int
+    """Referenced by none, kept for prefix reuse, evictable at once."""
+    filled_slots: int
+    """Token positions of the used blocks that hold a key and a value (a shared block's count once)."""
+    block_size: int
+
+
+class StepEvent(Message, tag="step", kw_only=True):
+    """One engine step, columnar: the lists ``request`` … ``kind`` have one entry per scheduled request."""
+
+    step: int
+    epoch: int
+    begin_ns: int
+    schedule_ns: int
+    prepare_ns: int
+    forward_ns: int
+    sample_ns: int
+    update_ns: int
+    end_ns: int
+    path: str
+    """Which code ran the forward pass, e.g. ``"eager"``."""
+    request: list[int]
+    start: list[int]
+    """First token position computed for that request."""
+    scheduled: list[int]
+    """Positions computed for that request (query tokens)."""
+    kind: list[int]
+    """:class:`Kind`, as a number."""
+    running: int
+    waiting: int
+    kv: KvUsage
+    idle_slots: int = 0
+    """Static batching: seats of the batch that finished early and wait for the longest member."""
+
+
+class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens one step produced, columnar, in the order of ``StepEvent.request``."""
+
+    request: list[int]
+    index: list[int]
+    """0 for a request's first output token."""
+    token_id: list[int]
+    logprob: list[float | None]
+    top: list[list[tuple[int, float]] | None]
+    """Alternatives as (token id, logprob), most likely first, where the request asked for them."""
+    finish: list[FinishReason | None]
+
+
+class StepReport(Message, tag="step_report", kw_only=True):
+    """Everything one step did: sent once per step, encoded off the engine's thread."""
+
+    step: StepEvent
+    tokens: SampledTokens
+    preempted: list[int] = []
+    started: list[int] = []
+    """Requests that left the queue in this step."""
+
+
+class RequestFailed(Message, tag="request_failed"):
+    """A request the engine had to end. Nothing else is affected."""
+
+    request: int
+    error: str
+    code: Literal["invalid", "capacity", "internal"] = "internal"
+
+
+class RequestCancelled(Message, tag="request_cancelled"):
+    """Confirms a :class:`Cancel`: the request holds no memory any more."""
+
+    request: int
+
+
+class FeaturesApplied(Message, tag="features_applied", kw_only=True):
+    """A switch took effect between two steps; every later step carries ``epoch``."""
+
+    correlation: int
+    epoch: int
+    values: dict[str, bool | int | str]
+    changed: list[str]
+    cost: Cost
+    apply_ns: int
+    """How long the engine was held up applying it."""
+    applied_at_ns: int
+    preempted: int
+    recompute_tokens: int
+    """Positions that have to be computed again before the preempted requests go on."""
+
+
+class FeaturesSettled(Message, tag="features_settled"):
+    """Every request that a switch interrupted has emitted a token again."""
+
+    epoch: int
+    settled_at_ns: int
+
+
+class CommandDone(Message, tag="command_done"):
+    """Answer to a command that has no answer type of its own."""
+
+    correlation: int
+    result: dict[str, Any] = {}
+
+
+class CommandFailed(Message, tag="command_failed"):
+    """A command was refused; ``error`` says why and what to do."""
+
+    correlation: int
+    error: str
+
+
+class Pong(Message, tag="pong"):
+    """The engine's clock at the moment it read a :class:`Ping`."""
+
+    sent_ns: int
+    engine_ns: int
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """Sent about once a second from a thread of its own, so that loading does not look like death."""
+
+    engine_ns: int
+    steps: int
+    rss_bytes: int
+
+
+FromEngine = (
+    Hello
+    | LoadProgress
+    | Ready
+    | LoadFailed
+    | StepReport
+    | RequestFailed
+    | RequestCancelled
+    | FeaturesApplied
+    | FeaturesSettled
+    | CommandDone
+    | CommandFailed
+    | Pong
+    | Heartbeat
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Telemetry: front → browser or notebook. The tables of a recording have the same names and fields.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TokensEvent(Message, tag="tokens", kw_only=True):
+    """The tokens of one step as the front sent them, columnar."""
+
+    step: int
+    request: list[int]
+    index: list[int]
+    token_id: list[int]
+    text: list[str]
+    """Text this token added. Empty while the bytes of a character are incomplete."""
+    logprob: list[float | None]
+    sent_ns: list[int]
+    latency_ns: list[int]
+    """TTFT for index 0 (from arrival at the front), else the gap to the request's previous token."""
+
+
+class RequestEvent(Message, tag="request", kw_only=True):
+    """A request changed state. The newest event of a handle is its whole story so far."""
+
+    request: int
+    id: str
+    state: RequestState
+    at_ns: int
+    arrival_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    preview: str
+    """The first characters of the prompt, for labels."""
+    first_token_ns: int | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    group: int | None = None
+    """Handle of the first sample, when the request asked for n > 1."""
+
+
+class FeaturesEvent(Message, tag="features", kw_only=True):
+    """A switch. Sent when applied, and once more with ``settled_ns`` when interrupted requests have caught up."""
+
+    epoch: int
+    values: dict[str, bool | int | str]
+    changed: list[str]
+    cost: Cost
+    requested_ns: int
+    applied_ns: int
+    apply_ns: int
+    preempted: int
+    recompute_tokens: int
+    settled_ns: int | None = None
+    """``None`` while interrupted requests are still catching up."""
+
+
+class EngineEvent(Message, tag="engine", kw_only=True):
+    """The engine process changed state, or progressed in loading."""
+
+    state: EngineState
+    at_ns: int
+    stage: str = ""
+    fraction: float | None = None
+    message: str = ""
+    """For a person: what happened, and what to do where something can be done."""
+    pid: int | None = None
+    restarts: int = 0
+    failed_requests: int = 0
+
+
+Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent
+
+
+class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Which server this is. A changed ``instance`` tells a client that it talks to a new one."""
+
+    version: str
+    protocol: int
+    instance: str
+    pid: int
+    started_ns: int
+
+
+class Snapshot(Message, tag="snapshot", kw_only=True):
+    """First message on every (re)connection: all that a client needs to draw, before any :class:`Frame`."""
+
+    seq: int
+    now_ns: int
+    server: ServerInfo
+    engine: EngineEvent
+    model: ModelInfo | None
+    capacity: Capacity | None
+    specs: tuple[FeatureSpec, ...]
+    features: FeaturesEvent | None
+    """The current values, as the event that set them."""
+    requests: list[RequestEvent]
+    """Every active request, and the most recent ended ones."""
+    history: list[Event]
+    """The newest steps and tokens, oldest first."""
+
+
+class Frame(Message, tag="frame", kw_only=True):
+    """A batch of events. ``seq`` rises by one per frame; ``dropped`` counts the events left out just before this."""
+
+    seq: int
+    now_ns: int
+    dropped: int
+    events: list[Event]
+
+
+class ClockReply(Message, tag="clock"):
+    """Answer to a :class:`ClockRequest`: lets a client put the server's times on its own clock."""
+
+    client_time: float
+    now_ns: int
+
+
+class ServerError(Message, tag="error"):
+    """The client said something that could not be understood; the connection stays open."""
+
+    message: str
+
+
+ServerMessage = Snapshot | Frame | ClockReply | ServerError
+
+
+class Subscribe(Message, tag="subscribe", kw_only=True):
+    """First message of a client. The server sends no more frames than it has credits."""
+
+    protocol: int
+    credits: int
+    history: int = 2000
+    """How many past events the snapshot should carry, at most."""
+    min_interval_ms: int = 0
+    """Wait at least this long between two frames; the events of the interval share one."""
+
+
+class Credit(Message, tag="credit"):
+    """The client has dealt with ``frames`` more frames and can take as many again."""
+
+    frames: int
+
+
+class ClockRequest(Message, tag="clock"):
+    """Ask for the server's clock; ``client_time`` comes back untouched."""
+
+    client_time: float
+
+
+ClientMessage = Subscribe | Credit | ClockRequest
