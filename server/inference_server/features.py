@@ -99,7 +99,7 @@ SPECS: tuple[FeatureSpec, ...] = (
         kind="bool",
         default=True,
         cost="free",
-        description="Spread a long prompt over several steps, so that requests that are answering do not stall behind it.",
+        description="Spread a long prompt over several steps, so that requests that answer do not stall behind it.",
     ),
     FeatureSpec(
         name="max_num_seqs",

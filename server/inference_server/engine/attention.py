@@ -10,7 +10,7 @@ This is the reference backend: it gathers each request's blocks and calls scaled
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,11 +100,11 @@ def paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - part of the interface
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001 - part of the interface; zero when evaluating
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each request of the packed step.
@@ -136,9 +136,11 @@ def paged_attention(
     q = query[0].transpose(0, 1)  # [T, H, D]
     k = key[0].transpose(0, 1)
     v = value[0].transpose(0, 1)
+    keys: Tensor | None = None
+    values: Tensor | None = None
     output = torch.empty(q.shape[0], q.shape[1], v.shape[2], device=q.device, dtype=q.dtype)
     if context.tensors is not None and context.write_slots is not None:
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = cast("int", module.layer_idx)
         keys, values = context.tensors.keys[layer], context.tensors.values[layer]
         keys.index_copy_(0, context.write_slots, k.to(keys.dtype))
         values.index_copy_(0, context.write_slots, v.to(values.dtype))
@@ -153,8 +155,6 @@ def paged_attention(
                 scaling,
                 softcap,
             ).squeeze(2)
-    else:
-        keys = values = None
     for segment in context.segments:
         rows_ = slice(segment.offset, segment.offset + segment.count)
         if segment.slots is None or keys is None or values is None:

@@ -101,7 +101,7 @@ class KVCache:
         return needed <= self.pool.num_available
 
     def extend(self, request: Request, end: int) -> bool:
-        """Provide blocks for positions up to ``end``; return ``False``, having changed nothing, if there are too few."""
+        """Provide blocks for positions up to ``end``; ``False``, and nothing changed, if there are too few."""
         if not self.can_extend(request, end):
             return False
         if self.contiguous:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors
@@ -102,12 +102,12 @@ def load(located: LocatedModel, device: torch.device, dtype: torch.dtype, progre
     """
     progress("reading the configuration", None, str(located.path))
     try:
-        config = AutoConfig.from_pretrained(located.path, trust_remote_code=False)
+        AutoConfig.from_pretrained(located.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{located.path} holds no model configuration that transformers knows: {error}") from error
     progress("loading weights", 0.0, located.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             located.path,
             dtype=dtype,
             attn_implementation=attention.NAME,
@@ -186,8 +186,8 @@ def check(loaded: LoadedModel) -> float:
     tolerance = 1e-4 if loaded.dtype == torch.float32 else 5e-2
     if not float(difference) <= tolerance:
         raise ModelError(
-            f"{loaded.located.name}: logits differ from transformers' own by {float(difference):.2g} (relative; allowed "
-            f"{tolerance:.0e}). Its attention does something this engine does not know; it cannot be served"
+            f"{loaded.located.name}: logits differ from transformers' own by {float(difference):.2g} (relative; "
+            f"allowed {tolerance:.0e}). Its attention does something this engine does not know; it cannot be served"
         )
     return float(difference)
 
@@ -202,7 +202,7 @@ def _kv_shapes(model: Any) -> list[tuple[int, int, int]]:
         return value.repeat_interleave(groups, 1).transpose(1, 2), None
 
     name = f"{attention.NAME}_spy"
-    attention.AttentionInterface.register(name, spy)
+    AttentionInterface.register(name, spy)
     model.set_attn_implementation(name)
     try:
         with torch.inference_mode():
@@ -220,7 +220,7 @@ def _kv_shapes(model: Any) -> list[tuple[int, int, int]]:
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:
     ids: set[int] = set()
-    for source in (model.config.get_text_config(), model.generation_config or GenerationConfig()):
+    for source in (model.config.get_text_config(), model.generation_config):
         value = getattr(source, "eos_token_id", None)
         if isinstance(value, int):
             ids.add(value)

@@ -134,5 +134,5 @@ def _penalize(row: Tensor, request: Request) -> None:
         row[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
     output = request.tokens[request.prompt_len :]
     if output and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids, counts = torch.tensor(output, device=row.device).unique(return_counts=True)
+        ids, counts = torch.unique(torch.tensor(output, device=row.device), return_counts=True)
         row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from inference_server.models.cache import Progress
 from inference_server.models.errors import ModelError
@@ -62,7 +63,7 @@ def main(gguf: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
     print("tokenizer written", file=sys.stderr, flush=True)
     # float32 holds every dequantized value exactly; a 16-bit type would round them once more.
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
