@@ -18,6 +18,7 @@ from logging import Logger, LoggerAdapter
 from pathlib import Path
 
 import aiohttp
+from inference_server.lifetime import Lifeline, lifeline
 
 from inference_workbench.sockets import new_socket_path
 
@@ -51,8 +52,9 @@ class FrontProcess:
         self._reader: asyncio.Task[None] | None = None
         self.token = secrets.token_urlsafe(32)
         """Known to this Jupyter server and its child alone (and to the info file that ``connect()`` reads)."""
-        self.socket: Path | None = None
-        """Where the running front listens; a new one for every start."""
+        self.socket = new_socket_path()
+        """Where the front listens: the same after a restart, so that clients find the new one by reconnecting."""
+        self._lifeline: Lifeline | None = None
         atexit.register(self._terminate_at_exit)
 
     @property
@@ -69,22 +71,27 @@ class FrontProcess:
             If it ended before it answered, or did not answer in time.
         """
         async with self._lock:
-            if not self.running or self.socket is None:
-                self.socket = await self._start()
+            if not self.running:
+                await self._start()
             return self.socket
 
-    async def wait_until_gone(self, socket: Path) -> None:
-        """Wait for the end of the front that listened on ``socket`` and now refuses; end it if it does not go."""
+    async def replace_silent(self) -> Path:
+        """Return the socket of a new front, in place of one that refuses connections (it is ended if it still runs).
+
+        Of several requests that noticed, the first one replaces it; the others find that the new one answers.
+        """
         async with self._lock:
             process = self._process
-            if self.socket != socket or process is None:
-                return
-            try:
-                await asyncio.wait_for(process.wait(), _EXIT_GRACE_S)
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+            if process is not None and not await self._answers():
+                try:
+                    await asyncio.wait_for(process.wait(), _EXIT_GRACE_S)
+                except TimeoutError:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+            if not self.running:
+                await self._start()
+            return self.socket
 
     async def stop(self) -> None:
         """End the process, politely first."""
@@ -101,24 +108,30 @@ class FrontProcess:
                     process.kill()
                 await process.wait()
 
-    async def _start(self) -> Path:
-        self._discard_socket()
-        socket = new_socket_path()
+    async def _start(self) -> None:
+        self.socket.unlink(missing_ok=True)
         self._last_lines.clear()
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._command,
-            "serve",
-            "--uds",
-            str(socket),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "INFERENCE_WORKBENCH_TOKEN": self.token},
-        )
+        if self._lifeline is not None:
+            self._lifeline.release()
+        with lifeline() as line:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command,
+                "serve",
+                "--uds",
+                str(self.socket),
+                "--origin",
+                "jupyter",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(line.child_fd,),
+                env={**os.environ, **line.environment, "INFERENCE_WORKBENCH_TOKEN": self.token},
+            )
+            self._lifeline = line
         self._reader = asyncio.create_task(self._read_output(process))
         self._log.info("Inference Workbench: started its server (process %s).", process.pid)
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not await self._answers(socket):
+        while not await self._answers():
             if process.returncode is not None:
                 await self._reader
                 raise FrontUnavailableError(self._why_it_ended(process.returncode))
@@ -130,7 +143,6 @@ class FrontProcess:
                     f"Its last words: {self._tail()}"
                 )
             await asyncio.sleep(0.05)
-        return socket
 
     def _why_it_ended(self, returncode: int) -> str:
         how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with exit status {returncode}"
@@ -158,23 +170,17 @@ class FrontProcess:
         returncode = await process.wait()
         self._log.info("Inference Workbench: its server (process %s) ended with status %s.", process.pid, returncode)
 
-    @staticmethod
-    async def _answers(socket: Path) -> bool:
+    async def _answers(self) -> bool:
         timeout = aiohttp.ClientTimeout(total=2)
-        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket)), timeout=timeout) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(self.socket)), timeout=timeout) as session:
             try:
                 async with session.get("http://localhost/"):
                     return True
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return False
 
-    def _discard_socket(self) -> None:
-        if self.socket is not None:
-            self.socket.unlink(missing_ok=True)
-            self.socket = None
-
     def _terminate_at_exit(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-        self._discard_socket()
+        self.socket.unlink(missing_ok=True)

@@ -152,8 +152,7 @@ class WorkbenchProxyHandler(NamedLocalProxyHandler):  # type: ignore[misc]
             await self._forward_to(socket)
         except aiohttp.ClientConnectorError:
             # It died since, and nothing was sent: safe to ask its successor.
-            await self.front.wait_until_gone(socket)
-            await self._forward_to(await self.front.ensure())
+            await self._forward_to(await self.front.replace_silent())
 
     async def _forward_to(self, socket: Path) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
