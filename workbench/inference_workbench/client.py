@@ -340,7 +340,7 @@ class Workbench:
         *,
         request_id: str | None = None,
     ) -> Run:
-        """Send one request, follow its stream to the end, and collect its run. ``prompt`` may be in ``body`` already."""
+        """Send one request (``body`` may hold the prompt already), follow its stream, and collect its run."""
         id_ = request_id or body.get("request_id") or _new_request_id()
         request = {"model": "default", **body, "request_id": id_, "stream": True, "telemetry": True}
         if prompt is not None:

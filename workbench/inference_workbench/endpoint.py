@@ -81,8 +81,13 @@ class Endpoint:
         if self._is_local:
             options["proxy"] = None
         if self.uds is not None:
-            return websocket_client.unix_connect(self.uds, f"ws://localhost{path}", **options)
-        return websocket_client.connect(f"ws{(self.url or '').removeprefix('http')}{path}", **options)
+            uri = f"ws://localhost{path}"
+            over_socket: websocket_client.ClientConnection = websocket_client.unix_connect(self.uds, uri, **options)
+            return over_socket
+        connection: websocket_client.ClientConnection = websocket_client.connect(
+            f"ws{(self.url or '').removeprefix('http')}{path}", **options
+        )
+        return connection
 
 
 def checked(answer: httpx.Response) -> Any:

@@ -28,7 +28,7 @@ def latency_over_position(run: Run) -> figure:
     labels = {event.epoch: event for event in run.switches}
     for number, (epoch, rows) in enumerate(run.tokens.groupby("epoch", dropna=False)):
         source = ColumnDataSource(rows.assign(shown=[repr(text) for text in rows["text"]]).astype({"epoch": object}))
-        switch = labels.get(epoch)
+        switch = labels.get(epoch) if isinstance(epoch, int) else None
         told = "" if switch is None else " · " + ", ".join(f"{name} = {switch.values[name]}" for name in switch.changed)
         plot.scatter(
             "index",

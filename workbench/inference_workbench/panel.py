@@ -228,24 +228,22 @@ def make_panel(workbench: Workbench, **options: Any) -> Panel:
     if style.exists():
         members["_css"] = style
     members["__doc__"] = "The live views of one server; its switches are traits."
-    return type("WorkbenchPanel", (Panel,), members)(workbench, specs, **options)
+    panel: Panel = type("WorkbenchPanel", (Panel,), members)(workbench, specs, **options)
+    return panel
 
 
 def _trait(spec: FeatureSpec) -> traitlets.TraitType[Any, Any]:
     """Describe one switch as a trait that refuses what the server would refuse."""
-    kinds: dict[str, type[traitlets.TraitType[Any, Any]]] = {
-        "bool": traitlets.Bool,
-        "int": traitlets.Int,
-        "choice": traitlets.Unicode,
-    }
+    kinds: dict[str, Any] = {"bool": traitlets.Bool, "int": traitlets.Int, "choice": traitlets.Unicode}
+    base = kinds[spec.kind]
 
-    class Switch(kinds[spec.kind]):  # type: ignore[misc]
+    class Switch(base):  # type: ignore[misc]
         def validate(self, obj: Any, value: Any) -> Any:
             try:
                 return validate(spec.name, super().validate(obj, value), {spec.name: spec})
             except FeatureError as error:
                 raise traitlets.TraitError(str(error)) from None
 
-    return Switch(default_value=spec.default, help=f"{spec.title}: {spec.description} (cost: {spec.cost})").tag(
-        sync=True
-    )
+    about = f"{spec.title}: {spec.description} (cost: {spec.cost})"
+    trait: traitlets.TraitType[Any, Any] = Switch(default_value=spec.default, help=about).tag(sync=True)
+    return trait

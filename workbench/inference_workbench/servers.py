@@ -200,7 +200,7 @@ class ChildServer:
             return
         finally:
             spawned.set()
-        assert process.stdout is not None  # noqa: S101 -- PIPE was asked for
+        assert process.stdout is not None
         with process.stdout as output:
             for text in output:
                 self._lines.append(text.rstrip())

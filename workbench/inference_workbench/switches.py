@@ -193,7 +193,7 @@ class Switches(MutableMapping[str, FeatureValue]):
         return "\n".join(f"{name:<28} {value}" for name, value in self.current().items())
 
     def _repr_html_(self) -> str:
-        return str(self.describe()._repr_html_())  # type: ignore[operator]
+        return self.describe().to_html()
 
 
 def _choices(spec: FeatureSpec) -> str:

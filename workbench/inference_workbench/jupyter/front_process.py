@@ -156,7 +156,7 @@ class FrontProcess:
 
     async def _read_output(self, process: asyncio.subprocess.Process) -> None:
         """Pass the child's output on to this process's standard error and keep the last lines for error messages."""
-        assert process.stdout is not None  # noqa: S101 -- PIPE was asked for
+        assert process.stdout is not None
         while True:
             try:
                 line = await process.stdout.readline()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlparse
@@ -103,7 +104,7 @@ class WorkbenchProxyHandler(NamedLocalProxyHandler):  # type: ignore[misc]
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Answer in OpenAI's error shape: whoever asks here is a program."""
         error = kwargs.get("exc_info", (None, None, None))[1]
-        message = (error.log_message if isinstance(error, web.HTTPError) else None) or httputil.responses[status_code]
+        message = (error.log_message if isinstance(error, web.HTTPError) else None) or HTTPStatus(status_code).phrase
         self.set_header("Content-Type", "application/json")
         self.finish(_error_body(message, "proxy_error", None))
 
