@@ -1,9 +1,5 @@
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
+"""Fixtures of the notebook side's tests: a real server with the tiny model, and a workbench connected to it."""
+
 import sys
 import time
 from pathlib import Path
@@ -11,69 +7,44 @@ from pathlib import Path
 import httpx
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TOKEN = "jupyter-token-of-the-test"
+import inference_workbench as iw
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from servers_under_test import InferenceServer
 
 
-def python_path():
-    return os.pathsep.join([str(ROOT / "server"), str(ROOT / "workbench"), str(Path(__file__).parent)])
+@pytest.fixture(scope="module")
+def server(tiny_model, tmp_path_factory):
+    server = InferenceServer(tmp_path_factory.mktemp("w"), tiny_model)
+    server.start()
+    yield server
+    server.stop()
 
 
-class JupyterServer:
-    """A real Jupyter server in a process of its own."""
-
-    def __init__(self, process, url, log):
-        self.process = process
-        self.url = url
-        self.log = log
-
-    @property
-    def workbench(self):
-        return f"{self.url}inference-workbench/"
-
-    @property
-    def headers(self):
-        return {"Authorization": f"Bearer {TOKEN}"}
+@pytest.fixture(scope="module")
+def module_workbench(server):
+    wait_for_socket(server, 60)
+    with iw.connect(uds=server.uds, token=server.token, timeout=120) as workbench:
+        yield workbench
 
 
-@contextlib.contextmanager
-def running_jupyter(folder, extension, base_url="/", **environment):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "jupyter.log"
-    runtime = folder / "r"
-    command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
-    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.base_url={base_url}"]
-    command += [f"--ServerApp.root_dir={folder}"]
-    enabled = folder / "config" / "jupyter_server_config.d" / "workbench.json"
-    enabled.parent.mkdir(parents=True)
-    enabled.write_text(json.dumps({"ServerApp": {"jpserver_extensions": {extension: True}}}))
-    env = {**os.environ, "PYTHONPATH": python_path(), "JUPYTER_RUNTIME_DIR": str(runtime), **environment}
-    env["JUPYTER_CONFIG_DIR"] = str(folder / "config")
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=folder)
-    url = f"http://127.0.0.1:{port}{base_url}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}api", timeout=5).status_code == 200:
-                    break
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield JupyterServer(process, url, log)
-    finally:
-        process.send_signal(signal.SIGTERM)
+@pytest.fixture
+def wb(module_workbench):
+    """The module's workbench, with every switch at its default before and after."""
+    defaults = {name: spec.default for name, spec in module_workbench.features.specs().items() if spec.available}
+    module_workbench.features.update(defaults)
+    yield module_workbench
+    module_workbench.features.update(defaults)
+
+
+def wait_for_socket(server, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@pytest.fixture(scope="session")
-def short_tmp(tmp_path_factory):
-    """A folder whose path leaves room for a Unix socket."""
-    return tmp_path_factory.mktemp("w")
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.uds))) as client:
+                client.get("http://localhost/")
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.05)

@@ -7,10 +7,9 @@ import time
 import httpx
 import openai
 import pytest
+from servers_under_test import TOKEN, running_jupyter
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
-
-from conftest import TOKEN, running_jupyter
 
 
 @pytest.fixture(scope="module", params=["/", "/user/ann%40lab/"], ids=["root", "hub-like base_url"])

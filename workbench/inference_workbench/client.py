@@ -342,7 +342,7 @@ class Workbench:
     ) -> Run:
         """Send one request (``body`` may hold the prompt already), follow its stream, and collect its run."""
         id_ = request_id or body.get("request_id") or _new_request_id()
-        request = {"model": "default", **body, "request_id": id_, "stream": True, "telemetry": True}
+        request = {**body, "request_id": id_, "stream": True, "telemetry": True}
         if prompt is not None:
             request |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
         text: list[str] = []

@@ -237,7 +237,7 @@ def _trait(spec: FeatureSpec) -> traitlets.TraitType[Any, Any]:
     kinds: dict[str, Any] = {"bool": traitlets.Bool, "int": traitlets.Int, "choice": traitlets.Unicode}
     base = kinds[spec.kind]
 
-    class Switch(base):  # type: ignore[misc]
+    class Switch(base):  # type: ignore[misc, valid-type]
         def validate(self, obj: Any, value: Any) -> Any:
             try:
                 return validate(spec.name, super().validate(obj, value), {spec.name: spec})
