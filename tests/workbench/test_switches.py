@@ -41,7 +41,8 @@ def test_a_switch_thrown_for_a_block_goes_back_even_after_an_error(wb):
             seen.append(on_server(wb, "kv_cache"))
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert seen == [False]
     assert on_server(wb, "kv_cache") is True
 

@@ -129,7 +129,7 @@ class EventStore:
         self.epoch = -1
         self.engine: EngineEvent | None = None
         self._newest_begin_ns = -1
-        self._newest_sent_ns = -1
+        self._last_index: dict[int, int] = {}
         self._tokens_seen: dict[int, int] = {}
         self._last_sent_step: dict[int, int] = {}
         self._steps_seen: dict[int, int] = {}
@@ -222,12 +222,9 @@ class EventStore:
             self._steps_seen[request] = event.step
 
     def _add_tokens(self, event: TokensEvent) -> None:
-        if event.sent_ns and event.sent_ns[-1] <= self._newest_sent_ns:
-            return
         count = len(event.request)
-        if count == 0:
+        if count == 0 or event.index[0] <= self._last_index.get(event.request[0], -1):  # known from before a reconnect
             return
-        self._newest_sent_ns = event.sent_ns[-1]
         self._tokens.extend(
             count,
             request=event.request,
@@ -239,7 +236,8 @@ class EventStore:
             latency_ns=event.latency_ns,
             step=event.step,
         )
-        for request in event.request:
+        for request, index in zip(event.request, event.index, strict=True):
+            self._last_index[request] = index
             self._tokens_seen[request] = self._tokens_seen.get(request, 0) + 1
             self._last_sent_step[request] = event.step
 
@@ -249,7 +247,7 @@ class EventStore:
             return
         event = self._requests.pop(oldest)
         self._handles.pop(event.id, None)
-        for known in (self._tokens_seen, self._last_sent_step, self._steps_seen):
+        for known in (self._last_index, self._tokens_seen, self._last_sent_step, self._steps_seen):
             known.pop(oldest, None)
 
     # -- out ---------------------------------------------------------------------------------------------------------

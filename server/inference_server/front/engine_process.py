@@ -131,9 +131,7 @@ class EngineProcess:
             if isinstance(error, OSError | zmq.ZMQError):
                 raise EngineStartError(f"The engine ({' '.join(command)}) could not be started: {error}") from error
             raise
-        return cls(
-            process=process, line=line, folder=folder, log_path=log_path, commands=commands, reports=reports
-        )
+        return cls(process=process, line=line, folder=folder, log_path=log_path, commands=commands, reports=reports)
 
     def send(self, command: ToEngine) -> None:
         """Queue a command; never blocks. What is sent to an engine that is gone is lost."""
