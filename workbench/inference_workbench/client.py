@@ -375,12 +375,11 @@ class Workbench:
                         client.stream("POST", path, json=body, timeout=httpx.Timeout(None, connect=10.0))
                     )
                     break
-                except httpx.ConnectError as error:
-                    if attempt == 2:
+                except httpx.TransportError as error:
+                    # No answer had begun, so nothing is lost by asking the revived server.
+                    if attempt == 2 or isinstance(error, httpx.TimeoutException):
                         raise gone(self._endpoint, error) from error
                     self._revive(client)
-                except httpx.TransportError as error:
-                    raise gone(self._endpoint, error) from error
             if answer.is_error:
                 answer.read()
                 raise refusal(answer)
@@ -408,10 +407,10 @@ class Workbench:
         client = self._http
         try:
             return checked(client.request(method, path, json=json))
-        except httpx.ConnectError:
-            self._revive(client)
-        except httpx.TransportError as error:
+        except httpx.TimeoutException as error:
             raise gone(self._endpoint, error) from error
+        except httpx.TransportError:  # refused, or a kept connection turns out to be dead
+            self._revive(client)
         try:
             return checked(self._http.request(method, path, json=json))
         except httpx.TransportError as error:
