@@ -1,6 +1,7 @@
 """Answers in OpenAI's shape, streamed and whole, for completions and for chat.
 
 This is the hot path, so msgspec encodes.
+
 A *writer* knows one request's shape; it is given the outputs of the engine and returns bytes.
 """
 
