@@ -18,7 +18,7 @@ export default tseslint.config(
     }
   },
   {
-    files: ['build/**'],
+    files: ['scripts/**'],
     languageOptions: { globals: { process: 'readonly', module: 'writable', console: 'readonly' } }
   },
   {
