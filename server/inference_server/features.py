@@ -25,6 +25,11 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be switched while serving. Defaults are what a user wants who never opens the switchboard."""
 
     kv_cache: bool = True
+    prefix_cache_read: bool = True
+    prefix_cache_write: bool = True
+    batching: str = "continuous"
+    scheduling_policy: str = "fcfs"
+    chunked_prefill: bool = True
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
 
@@ -45,6 +50,56 @@ SPECS: tuple[FeatureSpec, ...] = (
             "Keep every token's keys and values. Off, each new token computes all tokens before it again, "
             "so a step takes longer the longer the text is."
         ),
+    ),
+    FeatureSpec(
+        name="prefix_cache_read",
+        title="Prefix cache: read",
+        group="Memory",
+        kind="bool",
+        default=True,
+        cost="free",
+        description="Start a request from the blocks that an earlier one with the same beginning left behind.",
+    ),
+    FeatureSpec(
+        name="prefix_cache_write",
+        title="Prefix cache: write",
+        group="Memory",
+        kind="bool",
+        default=True,
+        cost="free",
+        description="Keep full blocks findable after their request has ended, until the memory is needed.",
+    ),
+    FeatureSpec(
+        name="batching",
+        title="Batching",
+        group="Batching",
+        kind="choice",
+        choices=("continuous", "static", "single"),
+        default="continuous",
+        cost="free",
+        description=(
+            "continuous: requests join and leave between steps. static: a batch runs until its longest member is done. "
+            "single: one request at a time."
+        ),
+    ),
+    FeatureSpec(
+        name="scheduling_policy",
+        title="Scheduling policy",
+        group="Batching",
+        kind="choice",
+        choices=("fcfs", "priority", "shortest-first"),
+        default="fcfs",
+        cost="free",
+        description="Who runs first, and who is preempted last: by arrival, by priority, or by what is left to do.",
+    ),
+    FeatureSpec(
+        name="chunked_prefill",
+        title="Chunked prefill",
+        group="Batching",
+        kind="bool",
+        default=True,
+        cost="free",
+        description="Spread a long prompt over several steps, so that requests that answer do not stall behind it.",
     ),
     FeatureSpec(
         name="max_num_seqs",

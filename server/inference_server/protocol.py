@@ -149,7 +149,7 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Submit(Message, tag="submit", kw_only=True):
+class Submit(Message, frozen=True, tag="submit", kw_only=True):
     """Start a request. ``requests`` has one handle per sample (``n``); they share the prompt."""
 
     requests: tuple[int, ...]
@@ -163,32 +163,32 @@ class Submit(Message, tag="submit", kw_only=True):
     """Per-request feature values, for the features that allow one."""
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """End a request that nobody waits for any more, or that met a stop string."""
 
     request: int
 
 
-class SetFeatures(Message, tag="set_features"):
+class SetFeatures(Message, frozen=True, tag="set_features"):
     """Replace some feature values between two steps. Answered by :class:`FeaturesApplied` or :class:`CommandFailed`."""
 
     correlation: int
     values: dict[str, bool | int | str]
 
 
-class CheckIntegrity(Message, tag="check_integrity"):
+class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     """Verify that no KV block leaked. Answered by :class:`CommandDone` or :class:`CommandFailed`."""
 
     correlation: int
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, frozen=True, tag="ping"):
     """Ask for the engine's clock. Answered by :class:`Pong`."""
 
     sent_ns: int
 
 
-class Shutdown(Message, tag="shutdown"):
+class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish the current step, report running requests as failed, and exit."""
 
 
@@ -200,7 +200,7 @@ ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | Ping | Shutdown
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello", kw_only=True):
+class Hello(Message, frozen=True, tag="hello", kw_only=True):
     """First words of an engine process, before the model is loaded."""
 
     pid: int
@@ -208,7 +208,7 @@ class Hello(Message, tag="hello", kw_only=True):
     versions: dict[str, str]
 
 
-class LoadProgress(Message, tag="load_progress"):
+class LoadProgress(Message, frozen=True, tag="load_progress"):
     """What the engine is doing before it can serve. ``fraction`` is in [0, 1], ``None`` where it cannot be known."""
 
     stage: str
@@ -216,7 +216,7 @@ class LoadProgress(Message, tag="load_progress"):
     detail: str = ""
 
 
-class Ready(Message, tag="ready", kw_only=True):
+class Ready(Message, frozen=True, tag="ready", kw_only=True):
     """The engine serves."""
 
     model: ModelInfo
@@ -228,7 +228,7 @@ class Ready(Message, tag="ready", kw_only=True):
     """From process start to now."""
 
 
-class LoadFailed(Message, tag="load_failed"):
+class LoadFailed(Message, frozen=True, tag="load_failed"):
     """The model cannot be served. ``error`` says what was wrong, ``hint`` what to do."""
 
     error: str
@@ -248,7 +248,7 @@ class KvUsage(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
 
 
-class StepEvent(Message, tag="step", kw_only=True):
+class StepEvent(Message, frozen=True, tag="step", kw_only=True):
     """One engine step, columnar: the lists ``request`` … ``kind`` have one entry per scheduled request."""
 
     step: int
@@ -289,7 +289,7 @@ class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
     finish: list[FinishReason | None]
 
 
-class StepReport(Message, tag="step_report", kw_only=True):
+class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     """Everything one step did: sent once per step, encoded off the engine's thread."""
 
     step: StepEvent
@@ -299,7 +299,7 @@ class StepReport(Message, tag="step_report", kw_only=True):
     """Requests that left the queue in this step."""
 
 
-class RequestFailed(Message, tag="request_failed"):
+class RequestFailed(Message, frozen=True, tag="request_failed"):
     """A request the engine had to end. Nothing else is affected."""
 
     request: int
@@ -307,13 +307,13 @@ class RequestFailed(Message, tag="request_failed"):
     code: Literal["invalid", "capacity", "internal"] = "internal"
 
 
-class RequestCancelled(Message, tag="request_cancelled"):
+class RequestCancelled(Message, frozen=True, tag="request_cancelled"):
     """Confirms a :class:`Cancel`: the request holds no memory any more."""
 
     request: int
 
 
-class FeaturesApplied(Message, tag="features_applied", kw_only=True):
+class FeaturesApplied(Message, frozen=True, tag="features_applied", kw_only=True):
     """A switch took effect between two steps; every later step carries ``epoch``."""
 
     correlation: int
@@ -329,35 +329,35 @@ class FeaturesApplied(Message, tag="features_applied", kw_only=True):
     """Positions that have to be computed again before the preempted requests go on."""
 
 
-class FeaturesSettled(Message, tag="features_settled"):
+class FeaturesSettled(Message, frozen=True, tag="features_settled"):
     """Every request that a switch interrupted has emitted a token again."""
 
     epoch: int
     settled_at_ns: int
 
 
-class CommandDone(Message, tag="command_done"):
+class CommandDone(Message, frozen=True, tag="command_done"):
     """Answer to a command that has no answer type of its own."""
 
     correlation: int
     result: dict[str, Any] = {}
 
 
-class CommandFailed(Message, tag="command_failed"):
+class CommandFailed(Message, frozen=True, tag="command_failed"):
     """A command was refused; ``error`` says why and what to do."""
 
     correlation: int
     error: str
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, frozen=True, tag="pong"):
     """The engine's clock at the moment it read a :class:`Ping`."""
 
     sent_ns: int
     engine_ns: int
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """Sent about once a second from a thread of its own, so that loading does not look like death."""
 
     engine_ns: int
@@ -387,7 +387,7 @@ FromEngine = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TokensEvent(Message, tag="tokens", kw_only=True):
+class TokensEvent(Message, frozen=True, tag="tokens", kw_only=True):
     """The tokens of one step as the front sent them, columnar."""
 
     step: int
@@ -402,7 +402,7 @@ class TokensEvent(Message, tag="tokens", kw_only=True):
     """TTFT for index 0 (from arrival at the front), else the gap to the request's previous token."""
 
 
-class RequestEvent(Message, tag="request", kw_only=True):
+class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
     """A request changed state. The newest event of a handle is its whole story so far."""
 
     request: int
@@ -422,7 +422,7 @@ class RequestEvent(Message, tag="request", kw_only=True):
     """Handle of the first sample, when the request asked for n > 1."""
 
 
-class FeaturesEvent(Message, tag="features", kw_only=True):
+class FeaturesEvent(Message, frozen=True, tag="features", kw_only=True):
     """A switch. Sent when applied, and once more with ``settled_ns`` when interrupted requests have caught up."""
 
     epoch: int
@@ -438,7 +438,7 @@ class FeaturesEvent(Message, tag="features", kw_only=True):
     """``None`` while interrupted requests are still catching up."""
 
 
-class EngineEvent(Message, tag="engine", kw_only=True):
+class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     """The engine process changed state, or progressed in loading."""
 
     state: EngineState
@@ -465,7 +465,7 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     started_ns: int
 
 
-class Snapshot(Message, tag="snapshot", kw_only=True):
+class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """First message on every (re)connection: all that a client needs to draw, before any :class:`Frame`."""
 
     seq: int
@@ -483,7 +483,7 @@ class Snapshot(Message, tag="snapshot", kw_only=True):
     """The newest steps and tokens, oldest first."""
 
 
-class Frame(Message, tag="frame", kw_only=True):
+class Frame(Message, frozen=True, tag="frame", kw_only=True):
     """A batch of events. ``seq`` rises by one per frame; ``dropped`` counts the events left out just before this."""
 
     seq: int
@@ -492,14 +492,14 @@ class Frame(Message, tag="frame", kw_only=True):
     events: list[Event]
 
 
-class ClockReply(Message, tag="clock"):
+class ClockReply(Message, frozen=True, tag="clock"):
     """Answer to a :class:`ClockRequest`: lets a client put the server's times on its own clock."""
 
     client_time: float
     now_ns: int
 
 
-class ServerError(Message, tag="error"):
+class ServerError(Message, frozen=True, tag="error"):
     """The client said something that could not be understood; the connection stays open."""
 
     message: str
@@ -508,7 +508,7 @@ class ServerError(Message, tag="error"):
 ServerMessage = Snapshot | Frame | ClockReply | ServerError
 
 
-class Subscribe(Message, tag="subscribe", kw_only=True):
+class Subscribe(Message, frozen=True, tag="subscribe", kw_only=True):
     """First message of a client. The server sends no more frames than it has credits."""
 
     protocol: int
@@ -519,13 +519,13 @@ class Subscribe(Message, tag="subscribe", kw_only=True):
     """Wait at least this long between two frames; the events of the interval share one."""
 
 
-class Credit(Message, tag="credit"):
+class Credit(Message, frozen=True, tag="credit"):
     """The client has dealt with ``frames`` more frames and can take as many again."""
 
     frames: int
 
 
-class ClockRequest(Message, tag="clock"):
+class ClockRequest(Message, frozen=True, tag="clock"):
     """Ask for the server's clock; ``client_time`` comes back untouched."""
 
     client_time: float

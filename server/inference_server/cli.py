@@ -1,0 +1,201 @@
+"""The command line: ``inference-workbench serve | status | stop``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from inference_server import discovery
+from inference_server.discovery import ServerFile
+from inference_server.version import distribution_version
+
+app = typer.Typer(
+    name="inference-workbench",
+    help="Watch, switch and measure language-model inference, live.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _out.print(distribution_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Watch, switch and measure language-model inference, live."""
+
+
+@app.command()
+def serve(  # noqa: PLR0917 -- typer makes options of them
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1; 0 takes any free one. [default: 8765, or a free]"),
+    ] = None,
+    uds: Annotated[Path | None, typer.Option(help="Listen on a Unix socket at this path instead of TCP.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="'default', a hub id, a folder with safetensors weights, or a .gguf file.")
+    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="Name of the model in the API.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="The token that clients must send. Other users see a command line: prefer the environment."),
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Memory for the KV cache, such as 512M or 4G. [default: by what is free]")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Let pages of this origin use the server. May be repeated.")
+    ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(help="Who starts the server: cli, jupyter or kernel. The last two end it when they end."),
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a model on this machine, to whoever has the token.
+
+    Every option can be given as an environment variable too: INFERENCE_WORKBENCH_TOKEN, INFERENCE_WORKBENCH_MODEL …
+    """
+    if port is not None and uds is not None:
+        raise typer.BadParameter("Choose one of --port and --uds.")
+    given: dict[str, Any] = {
+        "port": port,
+        "uds": str(uds) if uds is not None else None,
+        "model": model,
+        "served_name": served_name,
+        "device": device,
+        "dtype": dtype,
+        "token": token,
+        "kv_memory": parse_bytes(kv_memory) if kv_memory is not None else None,
+        "max_model_len": max_model_len,
+        "threads": threads,
+        "allowed_origins": tuple(allow_origin) if allow_origin else None,
+        "origin": origin,
+        "log_level": log_level,
+    }
+    # The web stack is imported here, so that the other commands stay quick.
+    try:
+        from inference_server.front.serve import ServeError, run  # noqa: PLC0415
+        from inference_server.front.settings import SettingsError, settings_from  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        _err.print(
+            f"[red]The server needs the package {error.name!r}, which is not installed.[/red] "
+            'Install it with: pip install "inference-workbench\\[server]"'
+        )
+        raise typer.Exit(1) from error
+    try:
+        run(settings_from({name: value for name, value in given.items() if value is not None}))
+    except (ServeError, SettingsError) as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def status() -> None:
+    """List the servers of this user that are running."""
+    servers = discovery.list_servers()
+    if not servers:
+        _out.print("No server is running. Start one with: inference-workbench serve")
+        raise typer.Exit(1)
+    table = Table("pid", "where", "started by", "up", "version", "engine")
+    for server in servers:
+        table.add_row(
+            str(server.pid),
+            server.uds or f"{server.url}/?token={server.token}",
+            server.origin,
+            _duration(time.time() - server.started),
+            server.version,
+            _engine_state(server),
+        )
+    _out.print(table)
+
+
+@app.command()
+def stop(
+    pid: Annotated[
+        int | None, typer.Argument(help="Process id of the server; may be left out if there is one.")
+    ] = None,
+) -> None:
+    """Stop a running server and free its memory."""
+    servers = discovery.list_servers()
+    chosen = [server for server in servers if pid is None or server.pid == pid]
+    if not chosen:
+        _err.print("No server is running." if pid is None else f"No server of this user has the process id {pid}.")
+        raise typer.Exit(1)
+    if len(chosen) > 1:
+        _err.print(f"Several servers are running: name one of {', '.join(str(server.pid) for server in chosen)}.")
+        raise typer.Exit(1)
+    os.kill(chosen[0].pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while any(server.pid == chosen[0].pid for server in discovery.list_servers()):
+        if time.monotonic() > deadline:
+            _err.print(f"The server (pid {chosen[0].pid}) is still there. End it with: kill -9 {chosen[0].pid}")
+            raise typer.Exit(1)
+        time.sleep(0.1)
+    _out.print(f"The server (pid {chosen[0].pid}) has stopped.")
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes from text such as ``"512M"`` or ``"4GiB"`` (powers of 1024).
+
+    Raises
+    ------
+    typer.BadParameter
+        If it is not one.
+    """
+    number = text.strip().lower().removesuffix("ib").removesuffix("b")
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    unit = units.get(number[-1:], 1)
+    try:
+        value = int(float(number[:-1] if unit > 1 else number) * unit)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise typer.BadParameter(f"{text!r} is not an amount of memory. Write for example 512M or 4G.")
+    return value
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(max(0, int(seconds)), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _engine_state(server: ServerFile) -> str:
+    import httpx  # noqa: PLC0415 -- only this command needs it
+
+    transport = httpx.HTTPTransport(uds=server.uds) if server.uds else None
+    try:
+        with httpx.Client(transport=transport, timeout=2, trust_env=False) as client:
+            return str(client.get(f"{server.url or 'http://localhost'}/health").json()["engine"])
+    except (httpx.HTTPError, ValueError, KeyError):
+        return "does not answer"
+
+
+if __name__ == "__main__":
+    main()

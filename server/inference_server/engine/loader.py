@@ -1,0 +1,229 @@
+"""Loads a causal language model into transformers and proves that the engine computes it correctly.
+
+A model is refused, with a message, unless attention went through the engine's function once per layer and the logits
+agree with transformers' own eager attention on a short prompt, both as one prefill and token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from inference_server.engine import attention
+from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.request import Request
+from inference_server.engine.runner import ModelRunner
+from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.models.errors import ModelError
+from inference_server.models.locate import LocatedModel
+from inference_server.protocol import Kind, SamplingParams
+
+Progress = Callable[[str, float | None, str], None]
+"""Called with (stage, fraction or None, detail)."""
+
+CHECK_LENGTH = 12
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model on its device, with what the engine needs to know about it."""
+
+    model: nn.Module
+    config: Any
+    located: LocatedModel
+    device: torch.device
+    dtype: torch.dtype
+    num_layers: int
+    kv_shapes: list[tuple[int, int, int]]
+    """(KV heads, key size, value size) of each layer."""
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, a tied one counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights, a tied one counted once."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one position in all layers."""
+        return sum(heads * (key + value) for heads, key, value in self.kv_shapes) * self.dtype.itemsize
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``"auto"``, ``"cpu"`` or ``"cuda[:N]"`` into a device that exists.
+
+    Raises
+    ------
+    ModelError
+        If it does not.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelError(f"device {name!r} was asked for, but torch finds no CUDA GPU here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ModelError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        return torch.device("cuda", device.index or 0)
+    if device.type != "cpu":
+        raise ModelError(f"device {name!r} is not supported; use cpu or cuda")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn a dtype name into a torch dtype; ``"auto"`` is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"there is no dtype {name!r}")
+    return dtype
+
+
+def load(located: LocatedModel, device: torch.device, dtype: torch.dtype, progress: Progress) -> LoadedModel:
+    """Load a model from its folder and verify it.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is unknown, needs code of its own, or fails the check.
+    """
+    progress("reading the configuration", None, str(located.path))
+    try:
+        AutoConfig.from_pretrained(located.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{located.path} holds no model configuration that transformers knows: {error}") from error
+    progress("loading weights", 0.0, located.name)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            located.path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map={"": device} if device.type == "cuda" else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{located.name} cannot be loaded as a causal language model: {error}") from error
+    model.eval().requires_grad_(requires_grad=False)
+    return inspect(model, located, device, dtype, progress)
+
+
+def inspect(
+    model: Any, located: LocatedModel, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> LoadedModel:
+    """Find out a loaded model's cache layout and verify it against eager attention."""
+    config = model.config.get_text_config()
+    progress("checking attention", 0.9, "one prefill and one decode against the reference")
+    kv_shapes = _kv_shapes(model)
+    if not kv_shapes:
+        raise ModelError(
+            f"{located.name} ({model.config.model_type}) does not route attention through transformers' registry, so "
+            "its keys and values cannot be cached here; choose a model whose attention supports 'sdpa'"
+        )
+    loaded = LoadedModel(
+        model=model,
+        config=config,
+        located=located,
+        device=device,
+        dtype=dtype,
+        num_layers=config.num_hidden_layers,
+        kv_shapes=kv_shapes,
+        eos_token_ids=_eos_token_ids(model),
+        max_model_len=getattr(config, "max_position_embeddings", None) or 1 << 17,
+    )
+    check(loaded)
+    return loaded
+
+
+def check(loaded: LoadedModel) -> float:
+    """Compare the engine's logits with eager attention; return the largest relative difference.
+
+    Raises
+    ------
+    ModelError
+        If they differ by more than rounding, or attention was not called once per layer.
+    """
+    model, config = loaded.model, loaded.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, config.vocab_size, (CHECK_LENGTH,), generator=generator).tolist()
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.inference_mode():
+        ids = torch.tensor([tokens], device=loaded.device)
+        expected = model(input_ids=ids, use_cache=False).logits[0, -2:].float()
+    model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+
+    tensors = PagedKVTensors(4, 8, loaded.device, loaded.dtype)
+    tensors.reserve(loaded.kv_shapes)
+    runner = ModelRunner(model, tensors)
+    # Blocks out of order on purpose: a model that ignored the block table would give itself away.
+    request = Request(
+        handle=0, prompt_len=CHECK_LENGTH, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0
+    )
+    request.blocks = [2, 0]
+    got = []
+    for start, count in ((0, CHECK_LENGTH - 1), (CHECK_LENGTH - 1, 1)):
+        plan = StepPlan(0, [Scheduled(request, start, count, Kind.PREFILL, sample=True)], use_cache=True)
+        got.append(runner.forward(plan, runner.prepare(plan))[0].float())
+        if runner.last_attention_calls != loaded.num_layers:
+            raise ModelError(
+                f"{loaded.located.name}: attention was called {runner.last_attention_calls} times for "
+                f"{loaded.num_layers} layers, so part of the model bypasses the KV cache; it cannot be served"
+            )
+    difference = (torch.stack(got) - expected).norm() / expected.norm().clamp(min=1e-6)
+    tolerance = 1e-4 if loaded.dtype == torch.float32 else 5e-2
+    if not float(difference) <= tolerance:
+        raise ModelError(
+            f"{loaded.located.name}: logits differ from transformers' own by {float(difference):.2g} (relative; "
+            f"allowed {tolerance:.0e}). Its attention does something this engine does not know; it cannot be served"
+        )
+    return float(difference)
+
+
+def _kv_shapes(model: Any) -> list[tuple[int, int, int]]:
+    """Run one token and note what each attention layer hands to the registered function."""
+    shapes: dict[int, tuple[int, int, int]] = {}
+
+    def spy(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+        shapes[module.layer_idx] = (key.shape[1], key.shape[3], value.shape[3])  # type: ignore[index]
+        groups = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(groups, 1).transpose(1, 2), None
+
+    name = f"{attention.NAME}_spy"
+    AttentionInterface.register(name, spy)
+    model.set_attn_implementation(name)
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{model.config.model_type} models call attention in a way this engine cannot: {error}"
+        ) from error
+    finally:
+        model.set_attn_implementation(attention.NAME)
+    if sorted(shapes) != list(range(len(shapes))):
+        return []
+    return [shapes[layer] for layer in sorted(shapes)]
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    ids: set[int] = set()
+    for source in (model.config.get_text_config(), model.generation_config):
+        value = getattr(source, "eos_token_id", None)
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
+    return tuple(sorted(ids))

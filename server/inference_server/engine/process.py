@@ -1,0 +1,235 @@
+"""The engine as a process: two sockets, two I/O threads, and the loop between them.
+
+The receiver thread only decodes commands; the sender thread only encodes and sends, so that the engine's own thread
+spends nothing on the wire. A third sends a heartbeat, so that loading a model does not look like death.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from importlib.metadata import version
+
+import msgspec
+import psutil
+import zmq
+
+from inference_server.features import FeatureError
+from inference_server.lifetime import die_with_parent
+from inference_server.protocol import (
+    PROTOCOL_VERSION,
+    Cancel,
+    CheckIntegrity,
+    CommandDone,
+    CommandFailed,
+    EngineConfig,
+    FromEngine,
+    Heartbeat,
+    Hello,
+    LoadFailed,
+    LoadProgress,
+    Ping,
+    Pong,
+    Ready,
+    RequestFailed,
+    SetFeatures,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
+
+IDLE_CHECK_SECONDS = 1.0
+
+
+class EngineProcess:
+    """Connects an engine to its front.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    receive, send : str
+        ZeroMQ addresses that the front has bound: commands come from the first, everything else goes to the second.
+    """
+
+    def __init__(self, config: EngineConfig, receive: str, send: str) -> None:
+        self.config = config
+        self.started_ns = time.monotonic_ns()
+        self.steps = 0
+        self._commands: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._context = zmq.Context()
+        self._receive = receive
+        self._send = send
+        self._sender = threading.Thread(target=self._send_loop, name="sender", daemon=True)
+        self._sender.start()
+        for target in (self._receive_loop, self._heartbeat_loop):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def run(self) -> int:
+        """Load, serve until told to stop, and return the exit status."""
+        self._emit(
+            Hello(
+                pid=os.getpid(),
+                protocol=PROTOCOL_VERSION,
+                versions={
+                    name: version(name) for name in ("torch", "transformers", "inference-workbench") if _has(name)
+                },
+            )
+        )
+        self._progress("importing torch", None, "")
+        # Imported here, after the threads have said hello: torch and transformers take seconds.
+        from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+        from inference_server.models.errors import ModelError  # noqa: PLC0415
+
+        try:
+            engine = Engine.load(self.config, self._progress)
+        except ModelError as error:
+            self._emit(LoadFailed(str(error)))
+            return self._close(2)
+        except MemoryError as error:
+            self._emit(
+                LoadFailed(f"out of memory while loading: {error}", "choose a smaller model or --dtype bfloat16")
+            )
+            return self._close(2)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a person must get to read it
+            traceback.print_exc()
+            self._emit(LoadFailed(f"{type(error).__name__}: {error}", "the traceback is in the engine's log"))
+            return self._close(3)
+        self._emit(
+            Ready(
+                model=engine.model_info(),
+                capacity=engine.capacity,
+                features=engine.features.as_dict(),
+                specs=engine.specs,
+                epoch=engine.epoch,
+                load_ns=time.monotonic_ns() - self.started_ns,
+            )
+        )
+
+        while True:
+            for command in self._pending(wait=not engine.has_work()):
+                match command:
+                    case Submit():
+                        try:
+                            engine.submit(command)
+                        except RequestError as error:
+                            for handle in command.requests:
+                                self._emit(RequestFailed(handle, str(error), "invalid"))
+                    case Cancel(handle):
+                        cancelled = engine.cancel(handle)
+                        if cancelled is not None:
+                            self._emit(cancelled)
+                    case SetFeatures(correlation, values):
+                        try:
+                            for message in engine.set_features(correlation, values):
+                                self._emit(message)
+                        except FeatureError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
+                    case CheckIntegrity(correlation):
+                        try:
+                            self._emit(CommandDone(correlation, engine.check_integrity()))
+                        except AssertionError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
+                    case Shutdown():
+                        for failed in engine.fail_all("the engine was stopped"):
+                            self._emit(failed)
+                        return self._close(0)
+                    case Ping():
+                        pass  # answered by the receiver thread, which is never busy
+            if not engine.has_work():
+                continue
+            try:
+                report, settled = engine.step()
+            except Exception as error:  # noqa: BLE001 - one bad step must not take the server down
+                traceback.print_exc()
+                for failed in engine.fail_all(f"the engine failed in this step: {type(error).__name__}: {error}"):
+                    self._emit(failed)
+                continue
+            self.steps += 1
+            if report is not None:
+                self._emit(report)
+            for each in settled:
+                self._emit(each)
+
+    # -- private -------------------------------------------------------------------------------------------------------
+
+    def _pending(self, *, wait: bool) -> list[ToEngine]:
+        commands: list[ToEngine] = []
+        if wait:
+            try:
+                commands.append(self._commands.get(timeout=IDLE_CHECK_SECONDS))
+            except queue.Empty:
+                return commands
+        while True:
+            try:
+                commands.append(self._commands.get_nowait())
+            except queue.Empty:
+                return commands
+
+    def _emit(self, message: FromEngine) -> None:
+        self._outbox.put(message)
+
+    def _progress(self, stage: str, fraction: float | None, detail: str) -> None:
+        self._emit(LoadProgress(stage, fraction, detail))
+
+    def _close(self, status: int) -> int:
+        self._outbox.put(None)
+        self._sender.join(timeout=5)
+        return status
+
+    def _send_loop(self) -> None:
+        socket = self._context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, 2000)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(self._send)
+        encoder = msgspec.msgpack.Encoder()
+        while (message := self._outbox.get()) is not None:
+            socket.send(encoder.encode(message))
+        socket.close()
+
+    def _receive_loop(self) -> None:
+        socket = self._context.socket(zmq.PULL)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(self._receive)
+        decoder = msgspec.msgpack.Decoder(ToEngine)
+        while True:
+            message = decoder.decode(socket.recv())
+            if isinstance(message, Ping):
+                self._emit(Pong(message.sent_ns, time.monotonic_ns()))
+            else:
+                self._commands.put(message)
+
+    def _heartbeat_loop(self) -> None:
+        process = psutil.Process()
+        while True:
+            self._emit(Heartbeat(time.monotonic_ns(), self.steps, process.memory_info().rss))
+            time.sleep(1)
+
+
+def _has(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def main() -> int:
+    """Entry point of ``python -m inference_server.engine``."""
+    parser = argparse.ArgumentParser(prog="inference_server.engine", description="One inference engine process.")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    parser.add_argument("--receive", required=True, help="ZeroMQ address that commands come from")
+    parser.add_argument("--send", required=True, help="ZeroMQ address that reports go to")
+    arguments = parser.parse_args()
+    die_with_parent()
+    config = msgspec.json.decode(arguments.config, type=EngineConfig)
+    status = EngineProcess(config, arguments.receive, arguments.send).run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # torch's and zmq's threads have nothing left to say; waiting for them can hang the exit.
+    os._exit(status)

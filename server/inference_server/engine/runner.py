@@ -1,0 +1,92 @@
+"""Turns a step plan into one forward pass. Owns the model and the packing of a step; knows no policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inference_server.engine import attention
+from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
+from inference_server.engine.scheduler import StepPlan
+
+
+class ModelRunner:
+    """Runs plans through a transformers causal language model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Built with the attention implementation :data:`inference_server.engine.attention.NAME`.
+    tensors : PagedKVTensors
+    """
+
+    def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
+        self.model = model
+        self.tensors = tensors
+        self.device = tensors.device
+        self.last_attention_calls = 0
+
+    def prepare(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor, StepContext]:
+        """Pack a plan: token ids and positions ``[1, T]``, rows to keep logits of ``[S]``, and the step's context."""
+        size = self.tensors.block_size
+        ids: list[int] = []
+        positions: list[np.ndarray] = []
+        keep: list[int] = []
+        write: list[np.ndarray] = []
+        segments: list[Segment] = []
+        decodes: list[tuple[int, np.ndarray]] = []
+        for item in plan.items:
+            offset, end = len(ids), item.start + item.count
+            ids.extend(item.request.tokens[item.start : end])
+            positions.append(np.arange(item.start, end))
+            if item.sample:
+                keep.append(len(ids) - 1)
+            if not plan.use_cache:
+                segments.append(Segment(offset, item.count, item.start, None))
+                continue
+            slots = slots_of(item.request.blocks, end, size)
+            write.append(slots[item.start :])
+            if item.count == 1:
+                decodes.append((offset, slots))
+            else:
+                segments.append(Segment(offset, item.count, item.start, self._tensor(slots)))
+        context = StepContext(
+            tensors=self.tensors if plan.use_cache else None,
+            write_slots=self._tensor(np.concatenate(write)) if write else None,
+            segments=segments,
+        )
+        if decodes:
+            lengths = np.array([len(slots) for _, slots in decodes])
+            padded = np.zeros((len(decodes), int(lengths.max())), dtype=np.int64)
+            for row, (_, slots) in enumerate(decodes):
+                padded[row, : len(slots)] = slots
+            context.decode_rows = self._tensor(np.array([offset for offset, _ in decodes]))
+            context.decode_slots = self._tensor(padded)
+            context.decode_lengths = self._tensor(lengths)
+        return (
+            self._tensor(np.array(ids))[None],
+            self._tensor(np.concatenate(positions))[None],
+            self._tensor(np.array(keep, dtype=np.int64)),
+            context,
+        )
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, packed: tuple[Tensor, Tensor, Tensor, StepContext]) -> Tensor:
+        """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
+        ids, positions, keep, context = packed
+        if plan.copies:
+            self.tensors.copy_blocks(plan.copies)
+        attention.set_context(context)
+        try:
+            # With nothing to sample (a chunk in the middle of a prompt) one row is computed and thrown away.
+            rows = keep if len(keep) else keep.new_zeros(1)
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        finally:
+            attention.set_context(None)
+        self.last_attention_calls = context.calls
+        logits: Tensor = out.logits[0]
+        return logits[: len(keep)]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

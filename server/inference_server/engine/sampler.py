@@ -1,0 +1,138 @@
+"""Chooses tokens from logits. Owns penalties, filters and the random numbers; one row per request, whole batch at once.
+
+Random numbers are counter-based: the number for output token ``i`` of a request is a hash of (seed, i). So a seeded
+request draws the same numbers whatever else is in the batch, after any preemption, and on replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from struct import pack
+
+import torch
+from torch import Tensor
+
+from inference_server.engine.request import Request
+
+
+def uniform(seed: int, index: int) -> float:
+    """Uniform number in [0, 1) for output token ``index`` of a request with ``seed`` (53 bits of BLAKE2b)."""
+    digest = blake2b(pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, index), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Tokens of one step, in row order."""
+
+    tokens: list[int]
+    logprobs: list[float | None]
+    """Log-probability of each token under the model's own distribution (before penalties, temperature and filters)."""
+    top: list[list[tuple[int, float]] | None]
+
+
+def sample(logits: Tensor, requests: list[Request]) -> Sampled:
+    """Sample one token per row.
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``[S, vocab]``, any floating dtype.
+    requests : list of Request
+        One per row.
+    """
+    if not requests:
+        return Sampled([], [], [])
+    raw = logits.float()
+    rows = raw
+    if any(_has_penalties(request) for request in requests):
+        rows = raw.clone()
+        for row, request in enumerate(requests):
+            if _has_penalties(request):
+                _penalize(rows[row], request)
+    tokens = rows.argmax(dim=-1)
+    drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        probabilities = filtered_probabilities(rows[index], [requests[row] for row in drawn])
+        numbers = torch.tensor(
+            [uniform(requests[row].seed, requests[row].num_output) for row in drawn],
+            dtype=torch.float64,
+            device=logits.device,
+        )
+        tokens[index] = invert_cdf(probabilities, numbers)
+    chosen = tokens.tolist()
+    logprobs: list[float | None] = [None] * len(requests)
+    top: list[list[tuple[int, float]] | None] = [None] * len(requests)
+    wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
+    if wanted:
+        logs = torch.log_softmax(raw[wanted], dim=-1)
+        for place, row in enumerate(wanted):
+            logprobs[row] = float(logs[place, chosen[row]])
+            count = requests[row].sampling.logprobs or 0
+            values, ids = logs[place].topk(min(count, logs.shape[1]))
+            top[row] = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return Sampled(chosen, logprobs, top)
+
+
+def filtered_probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
+    """The exact distribution that each row is sampled from, ``[S, vocab]`` in float64.
+
+    Temperature, then top-k, then top-p, then min-p, each renormalized, which is the order of vLLM and transformers.
+    Ties at a threshold are kept.
+    """
+    device = logits.device
+    temperature = torch.tensor([request.sampling.temperature for request in requests], device=device).double()
+    scaled = logits.double() / temperature[:, None]
+    probabilities = torch.softmax(scaled, dim=-1)
+    vocab = logits.shape[1]
+    top_k = torch.tensor([request.sampling.top_k or vocab for request in requests], device=device).clamp(max=vocab)
+    top_p = torch.tensor([request.sampling.top_p for request in requests], device=device).double()
+    if bool((top_k < vocab).any()) or bool((top_p < 1).any()):
+        descending = probabilities.sort(dim=-1, descending=True).values
+        threshold = descending.gather(1, (top_k - 1)[:, None])
+        probabilities = probabilities.where(probabilities >= threshold, 0.0)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+        descending = probabilities.sort(dim=-1, descending=True).values
+        # Keep the smallest set whose mass reaches top_p: a token stays while the mass before it is below top_p.
+        before = descending.cumsum(dim=-1) - descending
+        kept = (before < top_p[:, None]).sum(dim=-1).clamp(min=1)
+        threshold = descending.gather(1, (kept - 1)[:, None])
+        restricted = (top_p < 1)[:, None]
+        probabilities = probabilities.where((probabilities >= threshold) | ~restricted, 0.0)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    min_p = torch.tensor([request.sampling.min_p for request in requests], device=device).double()
+    if bool((min_p > 0).any()):
+        peak = probabilities.max(dim=-1, keepdim=True).values
+        probabilities = probabilities.where(probabilities >= min_p[:, None] * peak, 0.0)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+def invert_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Token whose interval of the cumulative distribution contains each number, ``[S]``."""
+    cumulative = probabilities.cumsum(dim=-1)
+    # Scaling by the last entry keeps a number next to 1 from falling past it through rounding.
+    target = numbers[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    last = probabilities.shape[1] - 1 - probabilities.flip(1).gt(0).to(torch.int8).argmax(dim=1)
+    return torch.minimum(token, last)
+
+
+def _has_penalties(request: Request) -> bool:
+    sampling = request.sampling
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _penalize(row: Tensor, request: Request) -> None:
+    """Apply penalties in place: repetition over prompt and output (Keskar et al. 2019), the others over the output."""
+    sampling = request.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+    output = request.tokens[request.prompt_len :]
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = torch.unique(torch.tensor(output, device=row.device), return_counts=True)
+        row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty

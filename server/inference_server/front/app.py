@@ -1,0 +1,218 @@
+"""The front put together: one engine, its requests, the event log, HTTP and the telemetry WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from platformdirs import user_log_path
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.websockets import WebSocket
+
+from inference_server.front.auth import Gate
+from inference_server.front.control_api import ControlApi
+from inference_server.front.errors import ApiError
+from inference_server.front.event_log import EventLog
+from inference_server.front.openai_api import OpenAiApi
+from inference_server.front.requests import RequestTable
+from inference_server.front.settings import Settings
+from inference_server.front.supervisor import EngineSupervisor
+from inference_server.front.telemetry import Served, TelemetryHub
+from inference_server.front.tokenizer import ModelTokenizer
+from inference_server.protocol import (
+    PROTOCOL_VERSION,
+    EngineEvent,
+    FeaturesEvent,
+    Ready,
+    RequestCancelled,
+    RequestFailed,
+    ServerInfo,
+    StepReport,
+)
+from inference_server.version import distribution_version
+
+_log = structlog.get_logger(__name__)
+
+
+class Front:
+    """Everything behind the HTTP interface; receives the engine's news.
+
+    Parameters
+    ----------
+    settings
+        How it is configured.
+    on_engine_event
+        Called with every change of the engine, for a terminal that shows it.
+    """
+
+    def __init__(self, settings: Settings, on_engine_event: Callable[[EngineEvent], None] | None = None) -> None:
+        self.settings = settings
+        self.server = ServerInfo(
+            version=distribution_version(),
+            protocol=PROTOCOL_VERSION,
+            instance=secrets.token_hex(8),
+            pid=os.getpid(),
+            started_ns=time.monotonic_ns(),
+        )
+        self.log = EventLog(max_events=settings.log_events, max_bytes=settings.log_bytes)
+        self.supervisor = EngineSupervisor(settings, settings.engine_config(), self, _log_folder())
+        self.requests = RequestTable(self.log, self.supervisor.send)
+        self.telemetry = TelemetryHub(self.log, self._served)
+        self._on_engine_event = on_engine_event
+        self._tokenizer: ModelTokenizer | None = None
+        self.log.append(self.supervisor.event)
+
+    def tokenizer(self) -> ModelTokenizer:
+        """Return the loaded model's tokenizer."""
+        if self._tokenizer is None:
+            raise ApiError(503, "No model is loaded.", code="engine_down")
+        return self._tokenizer
+
+    def _served(self) -> Served:
+        ready = self.supervisor.ready
+        return Served(
+            server=self.server,
+            engine=self.supervisor.event,
+            model=ready.model if ready else None,
+            capacity=ready.capacity if ready else None,
+            specs=ready.specs if ready else (),
+        )
+
+    # -- the engine's news (supervisor.Listener) ---------------------------------------------------------------------
+
+    async def engine_loaded(self, ready: Ready) -> None:
+        """Load the model's tokenizer."""
+        self._tokenizer = await asyncio.to_thread(ModelTokenizer, ready.model.path)
+
+    def engine_event(self, event: EngineEvent) -> None:
+        """Log a change of the engine."""
+        self.log.append(event)
+        if self._on_engine_event is not None:
+            self._on_engine_event(event)
+
+    def features_event(self, event: FeaturesEvent) -> None:
+        """Log a switch."""
+        self.log.append(event)
+
+    def features_settled(self, epoch: int, settled_ns: int) -> None:
+        """Log that a switch has settled, unless it was known to need nothing."""
+        event = self.log.features
+        if event is not None and event.epoch == epoch and event.settled_ns is None:
+            self.log.append(msgspec.structs.replace(event, settled_ns=settled_ns))
+
+    def step_report(self, report: StepReport) -> None:
+        """Log a step and pass its tokens on."""
+        self.requests.step_report(report)
+
+    def request_failed(self, failure: RequestFailed) -> None:
+        """Pass a failure on to whoever waits."""
+        self.requests.request_failed(failure)
+
+    def request_cancelled(self, cancelled: RequestCancelled) -> None:
+        """Nothing to do: the request was ended when the cancellation was sent."""
+
+    def engine_lost(self, reason: str) -> int:
+        """Fail the requests that were in the engine."""
+        return self.requests.engine_lost(reason)
+
+
+def create_app(front: Front) -> FastAPI:
+    """Return the ASGI application of a front; its lifespan is the engine's."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await front.supervisor.start()
+        try:
+            yield
+        finally:
+            await front.supervisor.close()
+
+    app = FastAPI(
+        title="Inference Workbench",
+        version=front.server.version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    settings = front.settings
+    app.add_middleware(
+        Gate,
+        token=settings.token,
+        allowed_origins=settings.allowed_origins,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid_body)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(Exception, _answer_bug)
+    openai = OpenAiApi(front.supervisor, front.requests, front.tokenizer, loading_wait_s=settings.loading_wait_s)
+    app.include_router(openai.router)
+    app.include_router(ControlApi(front.server, front.supervisor, front.requests, front.log).router)
+
+    async def telemetry(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await front.telemetry.handle(websocket)
+
+    app.add_api_websocket_route("/telemetry", telemetry)
+    return app
+
+
+def _log_folder() -> Path:
+    return user_log_path("inference-workbench", appauthor=False)
+
+
+def _answer(error: ApiError) -> Response:
+    return Response(error.body(), status_code=error.status, media_type="application/json", headers=error.headers)
+
+
+async def _answer_api_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)  # noqa: S101 -- registered for that class
+    return _answer(error)
+
+
+async def _answer_invalid_body(_request: Request, error: Exception) -> Response:
+    """Say which field was wrong and why."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 -- registered for that class
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        return _answer(ApiError(422, f"The body is not valid JSON: {reason}.", code="invalid_json"))
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if not place:
+        return _answer(ApiError(422, f"The body must be a JSON object: {first['msg']}.", code="invalid_body"))
+    field = place[0]
+    where = ".".join(place)
+    message = f"{where!r}: {first['msg']}."
+    if len(problems) > 1:
+        others = sorted({str(p["loc"][1]) for p in problems[1:] if len(p["loc"]) > 1} - {field})
+        message += f" Also wrong: {', '.join(others)}." if others else ""
+    return _answer(ApiError(422, message, param=field, code=str(first["type"])))
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 -- registered for that class
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"There is nothing at {request.url.path!r}."
+    elif error.status_code == 405:
+        message = f"{request.method} is not possible at {request.url.path!r}."
+    answer = ApiError(error.status_code, message)
+    answer.headers.update(error.headers or {})
+    return _answer(answer)
+
+
+async def _answer_bug(_request: Request, error: Exception) -> Response:
+    _log.error("a request failed inside the server", error=repr(error))
+    return _answer(ApiError(500, f"The server failed on this request: {error!r}. Its log says more."))

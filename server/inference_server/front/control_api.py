@@ -1,0 +1,164 @@
+"""The server's own HTTP interface: what it is, its switches, its requests, and its engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+from inference_server.features import FeatureError, validate
+from inference_server.front.errors import ApiError
+from inference_server.front.event_log import EventLog
+from inference_server.front.requests import RequestTable
+from inference_server.front.supervisor import EngineSupervisor
+from inference_server.protocol import Ready, ServerInfo
+
+
+class EngineBody(BaseModel):
+    """Optional body of ``/engine/start`` and ``/engine/restart``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | None = None
+
+
+class ControlApi:
+    """The handlers outside ``/v1``.
+
+    Parameters
+    ----------
+    server
+        Who we are.
+    supervisor
+        The engine.
+    requests
+        The active requests.
+    log
+        The newest event of every request and of the switches.
+    """
+
+    def __init__(self, server: ServerInfo, supervisor: EngineSupervisor, requests: RequestTable, log: EventLog) -> None:
+        self._server = server
+        self._supervisor = supervisor
+        self._requests = requests
+        self._log = log
+        self.router = APIRouter()
+        for method, path, handler in (
+            ("GET", "/", self.root),
+            ("GET", "/health", self.health),
+            ("GET", "/info", self.info),
+            ("GET", "/features", self.features),
+            ("PATCH", "/features", self.switch),
+            ("GET", "/requests", self.list_requests),
+            ("POST", "/requests/{identifier}/cancel", self.cancel),
+            ("POST", "/engine/start", self.start),
+            ("POST", "/engine/stop", self.stop),
+            ("POST", "/engine/restart", self.restart),
+        ):
+            self.router.add_api_route(path, handler, methods=[method], response_model=None)
+
+    async def root(self) -> Response:
+        """Say that the front is up."""
+        return _json({"name": "inference-workbench", "version": self._server.version})
+
+    async def health(self) -> Response:
+        """Say how the engine is, to anybody."""
+        return _json(
+            {
+                "status": "ok",
+                "engine": self._supervisor.event.state,
+                "version": self._server.version,
+                "instance": self._server.instance,
+            }
+        )
+
+    async def info(self) -> Response:
+        """Describe the server, its engine and the model."""
+        ready = self._supervisor.ready
+        return _json(
+            {
+                "server": self._server,
+                "engine": self._supervisor.event,
+                "model": ready.model if ready else None,
+                "capacity": ready.capacity if ready else None,
+            }
+        )
+
+    async def features(self) -> Response:
+        """Return the switches, their values and their descriptions."""
+        ready = self._ready()
+        current = self._log.features
+        return _json(
+            {
+                "epoch": current.epoch if current else ready.epoch,
+                "values": current.values if current else ready.features,
+                "specs": ready.specs,
+            }
+        )
+
+    async def switch(self, values: dict[str, Any] = Body()) -> Response:  # noqa: B008 -- FastAPI's way
+        """Switch features; answers once they are applied."""
+        ready = self._ready()
+        if not values:
+            raise ApiError(422, 'The body names no feature. Send for example {"kv_cache": false}.')
+        specs = {spec.name: spec for spec in ready.specs}
+        checked: dict[str, bool | int | str] = {}
+        for name, value in values.items():
+            try:
+                checked[name] = validate(name, value, specs)
+            except FeatureError as error:
+                raise ApiError(422, str(error), param=name, code="invalid_feature") from error
+        applied = await self._supervisor.set_features(checked)
+        return _json(
+            {
+                "epoch": applied.epoch,
+                "values": applied.values,
+                "changed": applied.changed,
+                "cost": applied.cost,
+                "apply_ns": applied.apply_ns,
+                "preempted": applied.preempted,
+                "recompute_tokens": applied.recompute_tokens,
+            }
+        )
+
+    async def list_requests(self) -> Response:
+        """List the active requests and the most recent ended ones."""
+        return _json({"requests": self._log.requests, "now_ns": time.monotonic_ns()})
+
+    async def cancel(self, identifier: str) -> Response:
+        """End a request, by its id or its handle."""
+        samples = self._requests.find(identifier)
+        if not samples:
+            raise ApiError(404, f"No active request has the id {identifier!r}.", code="request_not_found")
+        for sample in samples:
+            self._requests.cancel_sample(sample)
+        return _json({"cancelled": [sample.handle for sample in samples]})
+
+    async def start(self, body: EngineBody | None = None) -> Response:
+        """Start the engine, with another model where one is named."""
+        await self._supervisor.start(model=body.model if body else None)
+        return _json(self._supervisor.event)
+
+    async def stop(self) -> Response:
+        """Stop the engine, which frees the device's memory."""
+        await self._supervisor.stop()
+        return _json(self._supervisor.event)
+
+    async def restart(self, body: EngineBody | None = None) -> Response:
+        """Stop and start the engine."""
+        await self._supervisor.restart(model=body.model if body else None)
+        return _json(self._supervisor.event)
+
+    def _ready(self) -> Ready:
+        ready = self._supervisor.ready
+        if ready is None:
+            event = self._supervisor.event
+            raise ApiError(503, f"The engine is {event.state}. {event.message}".strip(), code=f"engine_{event.state}")
+        return ready
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

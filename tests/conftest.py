@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests: a tiny random model for speed, the default model for truth."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama with a tokenizer and a chat template."""
+    from tiny_model import build
+
+    return build(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """Folder of the real default model, fetched into the user's cache if it is not there yet."""
+    from inference_server.models import default_model as default
+
+    return default.fetch(lambda *_: None)
