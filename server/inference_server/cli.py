@@ -48,7 +48,7 @@ def _root(
 
 
 @app.command()
-def serve(  # noqa: PLR0917 -- typer makes options of them
+def serve(
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1; 0 takes any free one. [default: 8765, or a free]"),

@@ -177,13 +177,13 @@ def _answer(error: ApiError) -> Response:
 
 
 async def _answer_api_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)  # noqa: S101 -- registered for that class
+    assert isinstance(error, ApiError)
     return _answer(error)
 
 
 async def _answer_invalid_body(_request: Request, error: Exception) -> Response:
     """Say which field was wrong and why."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 -- registered for that class
+    assert isinstance(error, RequestValidationError)
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
@@ -202,7 +202,7 @@ async def _answer_invalid_body(_request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 -- registered for that class
+    assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"There is nothing at {request.url.path!r}."

@@ -26,7 +26,6 @@ _LONGEST_SOCKET_PATH = 103
 """Bytes; the kernel's limit for a Unix socket is 107 on Linux and 103 on macOS."""
 _TAIL_BYTES = 16 << 10
 _TAIL_LINES = 12
-_KILL_GRACE_S = 2.0
 _SECRETS = ("INFERENCE_WORKBENCH_TOKEN",)
 
 
@@ -131,9 +130,7 @@ class EngineProcess:
             if isinstance(error, OSError | zmq.ZMQError):
                 raise EngineStartError(f"The engine ({' '.join(command)}) could not be started: {error}") from error
             raise
-        return cls(
-            process=process, line=line, folder=folder, log_path=log_path, commands=commands, reports=reports
-        )
+        return cls(process=process, line=line, folder=folder, log_path=log_path, commands=commands, reports=reports)
 
     def send(self, command: ToEngine) -> None:
         """Queue a command; never blocks. What is sent to an engine that is gone is lost."""
@@ -163,13 +160,13 @@ class EngineProcess:
 
     async def end(self, grace_s: float) -> None:
         """Make sure that the process ends: wait for it, then ask it, then kill it."""
-        for insist in (lambda: None, self._process.terminate, self._process.kill):
-            with contextlib.suppress(ProcessLookupError):
-                insist()
+        for insist, patience_s in ((None, grace_s), (self._process.terminate, 2.0), (self._process.kill, 2.0)):
+            if insist is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    insist()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), grace_s)
+                await asyncio.wait_for(self._process.wait(), patience_s)
                 return
-            grace_s = _KILL_GRACE_S
 
     def close(self) -> None:
         """Release what belongs to the process, once it has ended."""

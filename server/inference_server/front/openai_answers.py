@@ -1,6 +1,7 @@
 """Answers in OpenAI's shape, streamed and whole, for completions and for chat.
 
 This is the hot path, so msgspec encodes.
+
 A *writer* knows one request's shape; it is given the outputs of the engine and returns bytes.
 """
 
@@ -260,7 +261,7 @@ class _Writer:
         spell = self._tokenizer.token_text
         logprobs = CompletionLogprobs()
         for output in tokens:
-            assert output.token_id is not None  # noqa: S101 -- the caller kept those with one
+            assert output.token_id is not None
             logprobs.tokens.append(spell(output.token_id))
             logprobs.token_logprobs.append(output.logprob)
             logprobs.top_logprobs.append({spell(number): value for number, value in output.top or ()})
@@ -274,7 +275,7 @@ class _Writer:
         text, raw = self._tokenizer.token_text, self._tokenizer.token_bytes
         logprobs = ChatLogprobs()
         for output in tokens:
-            assert output.token_id is not None  # noqa: S101 -- the caller kept those with one
+            assert output.token_id is not None
             top = [TopLogprob(text(number), value, list(raw(number))) for number, value in output.top or ()]
             number = output.token_id
             logprobs.content.append(TokenLogprob(text(number), output.logprob, list(raw(number)), top))

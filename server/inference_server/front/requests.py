@@ -354,7 +354,7 @@ class RequestTable:
                 output.sent(now)
 
     def _output(self, sample: Sample, index: int, token_id: int, finish: FinishReason | None) -> Output:
-        assert sample.detokenizer is not None  # noqa: S101 -- set before the engine hears of the sample
+        assert sample.detokenizer is not None
         sample.output_tokens += 1
         if sample.state != "running":
             self._change_state(sample.handle, "running")
