@@ -75,8 +75,8 @@ class ModelRunner:
     def forward(self, plan: StepPlan, packed: tuple[Tensor, Tensor, Tensor, StepContext]) -> Tensor:
         """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
         ids, positions, keep, context = packed
-        if plan.copies:
-            self.tensors.copy_blocks(plan.copies)
+        if plan.transfers:
+            self.tensors.transfer(plan.transfers)
         attention.set_context(context)
         try:
             # With nothing to sample (a chunk in the middle of a prompt) one row is computed and thrown away.
