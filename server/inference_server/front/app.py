@@ -132,10 +132,8 @@ def create_app(front: Front) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await front.supervisor.start()
-        try:
-            yield
-        finally:
-            await front.supervisor.close()
+        yield
+        await front.supervisor.close()
 
     app = FastAPI(
         title="Inference Workbench",

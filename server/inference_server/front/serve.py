@@ -70,7 +70,8 @@ def run(settings: Settings) -> None:
                 ws_max_size=1 << 20,
                 timeout_graceful_shutdown=_GRACE_S,
                 server_header=False,
-            )
+            ),
+            front,
         )
         info = discovery.publish(
             ServerFile(
@@ -123,7 +124,16 @@ def _exit_on_signal(number: int, _frame: object) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn that ends its streams with the engine when told to stop, and ends for good if that takes too long."""
+    """Uvicorn that ends the engine, and with it every stream, when told to stop; for good if that takes too long."""
+
+    def __init__(self, config: uvicorn.Config, front: Front) -> None:
+        super().__init__(config)
+        self._front = front
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell whoever waits for the engine that it ends, then close the connections."""
+        await self._front.supervisor.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Handle SIGINT and SIGTERM."""
