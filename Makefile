@@ -86,7 +86,7 @@ $(VENV)/lab-installed: $(VENV)/created $(SOURCES)
 
 $(VENV)/dev-installed: $(VENV)/lab-installed
 	@echo "Installing what the tests need"
-	pip install --quiet -c constraints.txt '.[server,lab,dev]' 2> $(VENV)/pip.log || { tail -n 40 $(VENV)/pip.log; $(no_network); }
+	pip install --quiet -c constraints.txt --group dev 2> $(VENV)/pip.log || { tail -n 40 $(VENV)/pip.log; $(no_network); }
 	touch $@
 
 $(VENV)/chromium: $(VENV)/dev-installed tests/browser/install_chromium.sh

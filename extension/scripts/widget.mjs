@@ -1,0 +1,60 @@
+// Bundles the anywidget module and its style sheet: one file each, because a widget's code is loaded from a string.
+import { mkdir, readFile } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+import * as esbuild from 'esbuild';
+
+const here = dirname(fileURLToPath(import.meta.url));
+const extension = join(here, '..');
+const outdir = join(extension, '..', 'workbench', 'inference_workbench', 'static');
+
+/** Compiles BokehJS's class fields to assignments; see labextension.config.cjs for why. */
+const bokehFields = {
+  name: 'bokeh-class-fields',
+  setup(build) {
+    build.onLoad({ filter: /@bokeh[\\/]bokehjs[\\/]build[\\/]js[\\/]lib[\\/].*\.js$/ }, async ({ path }) => ({
+      contents: await readFile(path, 'utf8'),
+      loader: 'ts'
+    }));
+    // Typesetting for TeX labels and drawing by WebGL are loaded on demand and the plots never demand them: two of the
+    // three megabytes.
+    build.onResolve({ filter: /(text\/mathjax|glyphs\/webgl|\.\/webgl\/index|\.\/mathjax\/?(index)?)/ }, ({ kind }) =>
+      kind === 'dynamic-import' ? { path: 'left-out', namespace: 'left-out' } : undefined
+    );
+    build.onLoad({ filter: /.*/, namespace: 'left-out' }, () => ({
+      contents: 'throw new Error("This part of BokehJS is not in the widget.");'
+    }));
+  }
+};
+
+const options = {
+  absWorkingDir: extension,
+  entryPoints: { widget: 'src/widget.ts' },
+  bundle: true,
+  format: 'esm',
+  target: 'es2022',
+  minify: true,
+  legalComments: 'none',
+  outdir,
+  logLevel: 'warning',
+  tsconfigRaw: { compilerOptions: { useDefineForClassFields: false } },
+  plugins: [bokehFields]
+};
+const styles = {
+  absWorkingDir: extension,
+  entryPoints: { widget: 'style/workbench.css' },
+  bundle: true,
+  minify: true,
+  outdir,
+  logLevel: 'warning'
+};
+
+await mkdir(outdir, { recursive: true });
+if (process.argv.includes('--watch')) {
+  for (const each of [options, styles]) {
+    await (await esbuild.context(each)).watch();
+  }
+} else {
+  await Promise.all([esbuild.build(options), esbuild.build(styles)]);
+}

@@ -1,0 +1,70 @@
+/** The status bar's summary: engine state, output rate, KV cache occupancy. Silent until something connects. */
+
+import { Widget } from '@lumino/widgets';
+
+import type { SocketConnection } from '../telemetry/socket';
+import { h, setText } from '../views/dom';
+import { percent, significant } from '../views/format';
+import type { Translation } from '../views/translation';
+
+const INTERVAL_MS = 1000;
+
+export class StatusItem extends Widget {
+  private readonly button: HTMLButtonElement;
+  private timer: ReturnType<typeof setInterval> | null = null;
+  private connection: SocketConnection | null = null;
+
+  constructor(
+    private readonly trans: Translation,
+    open: () => void
+  ) {
+    super();
+    this.addClass('iw-status-item');
+    this.button = h('button', {
+      class: 'iw-status-item-button',
+      title: trans.__('Open the Inference Workbench'),
+      attrs: { type: 'button' },
+      on: { click: open }
+    });
+    this.node.append(this.button);
+    this.show_();
+  }
+
+  watch(connection: SocketConnection): void {
+    this.connection = connection;
+    this.timer ??= setInterval(() => this.show_(), INTERVAL_MS);
+    connection.onStatus(() => this.show_());
+    this.show_();
+  }
+
+  override dispose(): void {
+    if (this.timer !== null) {
+      clearInterval(this.timer);
+    }
+    super.dispose();
+  }
+
+  private show_(): void {
+    setText(this.button, this.text());
+  }
+
+  private text(): string {
+    const { trans, connection } = this;
+    if (!connection) {
+      return trans.__('Inference: off');
+    }
+    if (connection.status.state !== 'connected') {
+      return trans.__('Inference: %1', connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…'));
+    }
+    const { store } = connection;
+    const engine = store.engine;
+    if (engine && engine.state !== 'ready') {
+      const share = engine.state === 'loading' && engine.fraction !== null ? ` ${percent(engine.fraction)}` : '';
+      return trans.__('Inference: %1', `${engine.state}${share}`);
+    }
+    const metrics = store.metrics(5e9);
+    const rate = metrics.idle || metrics.outputRate === null ? trans.__('idle') : `${significant(metrics.outputRate)} tok/s`;
+    const kv = metrics.kvBlocks === null ? '' : ` · KV ${percent(metrics.kvBlocks)}`;
+    return trans.__('Inference: %1', rate + kv);
+  }
+}

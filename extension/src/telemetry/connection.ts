@@ -1,0 +1,121 @@
+/**
+ * What a view may ask of the server, and how it hears how the connection is. Owns no transport: the panel uses
+ * {@link SocketConnection}, a notebook widget {@link ModelConnection}.
+ */
+
+import { ClockOffset, pageNow } from './clock';
+import { decodeServerMessage } from './decode';
+import type { FeatureValue, GenerateBody, ServerMessage } from './protocol';
+import { PROTOCOL_VERSION } from './protocol';
+import type { TelemetryStore } from './store';
+
+/**
+ * - `connecting`: on the way, nothing wrong yet
+ * - `connected`: frames arrive
+ * - `waiting`: lost or not there, trying again by itself; the reason says what is wrong
+ * - `failed`: needs a person; the reason says what to do
+ * - `closed`: not wanted
+ */
+export type ConnectionState = 'connecting' | 'connected' | 'waiting' | 'failed' | 'closed';
+
+export interface ConnectionStatus {
+  state: ConnectionState;
+  reason: string;
+  /** When the next attempt is due, on the page's clock (ms). */
+  retryAt: number | null;
+}
+
+export type EngineAction = 'restart' | 'stop' | 'start';
+
+/** The server said no, and why. */
+export class RefusedError extends Error {}
+
+export interface TelemetryConnection {
+  readonly store: TelemetryStore;
+  readonly clock: ClockOffset;
+  readonly status: ConnectionStatus;
+  readonly reconnects: number;
+  /** Whether {@link engine} works here. */
+  readonly controlsEngine: boolean;
+  connect(): void;
+  /** Try again now instead of waiting. */
+  retry(): void;
+  onStatus(listener: () => void): () => void;
+  /** Switch; resolves once applied, rejects with {@link RefusedError}. */
+  setFeatures(values: Record<string, FeatureValue>): Promise<void>;
+  /** Resolves when the generation is over; rejects with {@link RefusedError} if it was refused or broke off. */
+  generate(body: GenerateBody): Promise<void>;
+  /** End every generation that was started through this connection. */
+  stopGenerating(): void;
+  engine(action: EngineAction): Promise<void>;
+  dispose(): void;
+}
+
+/** What both transports share: the status, and what to do with a message. */
+export abstract class ConnectionBase {
+  readonly clock = new ClockOffset();
+  status: ConnectionStatus = { state: 'connecting', reason: '', retryAt: null };
+  reconnects = 0;
+  private readonly statusListeners = new Set<() => void>();
+  private sawSnapshot = false;
+
+  constructor(readonly store: TelemetryStore) {}
+
+  onStatus(listener: () => void): () => void {
+    this.statusListeners.add(listener);
+    return () => this.statusListeners.delete(listener);
+  }
+
+  protected setStatus(state: ConnectionState, reason: string, retryAt: number | null = null): void {
+    const before = this.status;
+    if (before.state === state && before.reason === reason && before.retryAt === retryAt) {
+      return;
+    }
+    this.status = { state, reason, retryAt };
+    if (state === 'connected' && before.state !== 'connected' && this.reconnects > 0) {
+      this.store.note('connection', 'Connected again.');
+    } else if (before.state === 'connected' && (state === 'waiting' || state === 'failed')) {
+      this.store.note('error', reason);
+    }
+    this.statusListeners.forEach(listener => listener());
+  }
+
+  /** Take in one binary message. Returns what it was, for the transport's own needs. */
+  protected receive(data: ArrayBuffer | ArrayBufferView): ServerMessage {
+    const message = decodeServerMessage(data);
+    switch (message.t) {
+      case 'snapshot':
+        if (message.server.protocol === PROTOCOL_VERSION) {
+          if (this.store.server !== null && this.store.server.instance !== message.server.instance) {
+            this.clock.reset();
+          }
+          if (this.sawSnapshot) {
+            this.reconnects += 1;
+          }
+          this.sawSnapshot = true;
+          this.store.applySnapshot(message);
+        }
+        break;
+      case 'frame':
+        this.store.applyFrame(message);
+        break;
+      case 'clock':
+        this.clock.add(message.client_time, pageNow(), message.now_ns);
+        break;
+      case 'error':
+        this.store.note('error', `The server did not understand this page: ${message.message}`);
+        break;
+    }
+    return message;
+  }
+}
+
+/** Says which side of a version mismatch is the old one and what to do. */
+export function mismatchReason(serverProtocol: number, serverVersion: string): string {
+  const older = serverProtocol < PROTOCOL_VERSION ? 'server' : 'page';
+  const cure =
+    older === 'server'
+      ? 'Restart the inference server so that it runs the installed version.'
+      : 'Reload this page; if that does not help, update the inference-workbench package that JupyterLab runs from.';
+  return `The ${older} is too old: the server (version ${serverVersion}) speaks protocol ${serverProtocol}, this page ${PROTOCOL_VERSION}. ${cure}`;
+}

@@ -1,0 +1,213 @@
+/**
+ * The wire types, mirroring `server/inference_server/protocol.py` name for name. Owns no behaviour.
+ *
+ * Every `*_ns` is a count of nanoseconds on the server's monotonic clock.
+ */
+
+export const PROTOCOL_VERSION = 1;
+
+export type FeatureValue = boolean | number | string;
+export type Cost = 'free' | 'prebuilt' | 'catch-up' | 'recompute' | 'rebuild';
+export type EngineState = 'starting' | 'loading' | 'ready' | 'failed' | 'restarting' | 'stopped';
+export type RequestState = 'queued' | 'running' | 'preempted' | 'finished' | 'cancelled' | 'failed';
+export type FinishReason = 'stop' | 'length' | 'cancelled' | 'error';
+
+/** What one request's share of a step was for. */
+export enum Kind {
+  Prefill = 0,
+  Decode = 1,
+  Recompute = 2,
+  Draft = 3,
+  Verify = 4
+}
+
+export interface ModelInfo {
+  name: string;
+  source: string;
+  architecture: string;
+  path: string;
+  num_parameters: number;
+  num_layers: number;
+  num_kv_heads: number;
+  head_dim: number;
+  vocab_size: number;
+  max_model_len: number;
+  dtype: string;
+  device: string;
+  device_name: string;
+  weight_bytes: number;
+  eos_token_ids: number[];
+  quantized_source: string | null;
+  revision: string | null;
+  notes: string[];
+}
+
+export interface Capacity {
+  block_size: number;
+  num_blocks: number;
+  kv_bytes: number;
+  kv_bytes_per_token: number;
+  max_num_seqs: number;
+  max_model_len: number;
+}
+
+export interface FeatureSpec {
+  name: string;
+  title: string;
+  group: string;
+  kind: 'bool' | 'int' | 'choice';
+  default: FeatureValue;
+  cost: Cost;
+  description: string;
+  choices: string[];
+  minimum: number | null;
+  maximum: number | null;
+  available: boolean;
+  unavailable_reason: string | null;
+}
+
+export interface KvUsage {
+  total_blocks: number;
+  used_blocks: number;
+  cached_blocks: number;
+  filled_slots: number;
+  block_size: number;
+}
+
+export interface StepEvent {
+  t: 'step';
+  step: number;
+  epoch: number;
+  begin_ns: number;
+  schedule_ns: number;
+  prepare_ns: number;
+  forward_ns: number;
+  sample_ns: number;
+  update_ns: number;
+  end_ns: number;
+  path: string;
+  request: number[];
+  start: number[];
+  scheduled: number[];
+  kind: Kind[];
+  running: number;
+  waiting: number;
+  kv: KvUsage;
+  idle_slots: number;
+}
+
+export interface TokensEvent {
+  t: 'tokens';
+  step: number;
+  request: number[];
+  index: number[];
+  token_id: number[];
+  text: string[];
+  logprob: (number | null)[];
+  sent_ns: number[];
+  latency_ns: number[];
+}
+
+export interface RequestEvent {
+  t: 'request';
+  request: number;
+  id: string;
+  state: RequestState;
+  at_ns: number;
+  arrival_ns: number;
+  prompt_tokens: number;
+  output_tokens: number;
+  max_tokens: number;
+  preview: string;
+  first_token_ns: number | null;
+  finish_reason: FinishReason | null;
+  error: string | null;
+  group: number | null;
+}
+
+export interface FeaturesEvent {
+  t: 'features';
+  epoch: number;
+  values: Record<string, FeatureValue>;
+  changed: string[];
+  cost: Cost;
+  requested_ns: number;
+  applied_ns: number;
+  apply_ns: number;
+  preempted: number;
+  recompute_tokens: number;
+  settled_ns: number | null;
+}
+
+export interface EngineEvent {
+  t: 'engine';
+  state: EngineState;
+  at_ns: number;
+  stage: string;
+  fraction: number | null;
+  message: string;
+  pid: number | null;
+  restarts: number;
+  failed_requests: number;
+}
+
+export type TelemetryEvent = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent;
+
+export interface ServerInfo {
+  version: string;
+  protocol: number;
+  instance: string;
+  pid: number;
+  started_ns: number;
+}
+
+export interface Snapshot {
+  t: 'snapshot';
+  seq: number;
+  now_ns: number;
+  server: ServerInfo;
+  engine: EngineEvent;
+  model: ModelInfo | null;
+  capacity: Capacity | null;
+  specs: FeatureSpec[];
+  features: FeaturesEvent | null;
+  requests: RequestEvent[];
+  history: TelemetryEvent[];
+}
+
+export interface Frame {
+  t: 'frame';
+  seq: number;
+  now_ns: number;
+  dropped: number;
+  events: TelemetryEvent[];
+}
+
+export interface ClockReply {
+  t: 'clock';
+  client_time: number;
+  now_ns: number;
+}
+
+export interface ServerError {
+  t: 'error';
+  message: string;
+}
+
+export type ServerMessage = Snapshot | Frame | ClockReply | ServerError;
+
+export type ClientMessage =
+  | { t: 'subscribe'; protocol: number; credits: number; history: number; min_interval_ms: number }
+  | { t: 'credit'; frames: number }
+  | { t: 'clock'; client_time: number };
+
+/** Body of a completion request: OpenAI's fields and the server's extras. `messages` makes it a chat. */
+export interface GenerateBody {
+  messages?: { role: 'system' | 'user' | 'assistant'; content: string }[];
+  prompt?: string;
+  max_tokens: number;
+  temperature: number;
+  n: number;
+  ignore_eos?: boolean;
+  seed?: number;
+}

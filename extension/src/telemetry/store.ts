@@ -1,0 +1,452 @@
+/**
+ * Everything the views know: the newest steps, tokens, requests, switches and the engine's state, and what follows
+ * from them. Owns no connection and no drawing; a snapshot replaces all of it, frames add to it.
+ */
+
+import { Ring } from './ring';
+import { percentiles } from './statistics';
+import type {
+  Capacity,
+  EngineEvent,
+  FeatureSpec,
+  FeaturesEvent,
+  FeatureValue,
+  Frame,
+  ModelInfo,
+  RequestEvent,
+  ServerInfo,
+  Snapshot,
+  StepEvent,
+  TelemetryEvent,
+  TokensEvent
+} from './protocol';
+import { Kind } from './protocol';
+
+/** A step and its sums. */
+export interface StepRecord {
+  event: StepEvent;
+  /** Token positions computed, by {@link Kind}. */
+  byKind: [number, number, number, number, number];
+  total: number;
+}
+
+export interface TokenRecord {
+  request: number;
+  index: number;
+  step: number;
+  tokenId: number;
+  text: string;
+  logprob: number | null;
+  sentNs: number;
+  /** TTFT for index 0, else the gap to the request's previous token. */
+  latencyNs: number;
+  /** What is known of the step that made it; `null` until (or unless) its record arrives. */
+  epoch: number | null;
+  batch: number | null;
+  kind: Kind | null;
+}
+
+export interface RequestRecord {
+  handle: number;
+  event: RequestEvent | null;
+  /** The newest tokens, oldest first. */
+  tokens: TokenRecord[];
+  /** How many older ones were forgotten. */
+  forgotten: number;
+}
+
+export type FeedKind = 'switch' | 'request' | 'engine' | 'error' | 'gap' | 'connection';
+
+export interface FeedEntry {
+  /** Rises by one per entry. */
+  serial: number;
+  atNs: number | null;
+  kind: FeedKind;
+  text: string;
+}
+
+export interface Metrics {
+  /** Output tokens per second of all requests over the window. */
+  outputRate: number | null;
+  itlP50Ms: number | null;
+  itlP95Ms: number | null;
+  itlCount: number;
+  ttftP50Ms: number | null;
+  ttftCount: number;
+  /** used blocks / total blocks. */
+  kvBlocks: number | null;
+  /** filled slots / total slots. */
+  kvSlots: number | null;
+  running: number;
+  waiting: number;
+  /** Nothing is running: the figures are of the last activity. */
+  idle: boolean;
+}
+
+export interface StoreLimits {
+  steps: number;
+  tokens: number;
+  requests: number;
+  tokensPerRequest: number;
+  feed: number;
+}
+
+const DEFAULT_LIMITS: StoreLimits = { steps: 20_000, tokens: 50_000, requests: 512, tokensPerRequest: 8192, feed: 500 };
+const ENDED: ReadonlySet<string> = new Set(['finished', 'cancelled', 'failed']);
+
+export function isActive(request: RequestRecord): boolean {
+  return request.event === null || !ENDED.has(request.event.state);
+}
+
+export class TelemetryStore {
+  /** Rises with every change; a view repaints when it differs from what it painted. */
+  version = 0;
+  server: ServerInfo | null = null;
+  engine: EngineEvent | null = null;
+  model: ModelInfo | null = null;
+  capacity: Capacity | null = null;
+  specs: FeatureSpec[] = [];
+  features: FeaturesEvent | null = null;
+  /** Switches since the page connected, by epoch. */
+  readonly epochs = new Map<number, FeaturesEvent>();
+  readonly requests = new Map<number, RequestRecord>();
+  readonly steps: Ring<StepRecord>;
+  readonly tokens: Ring<TokenRecord>;
+  readonly feed: Ring<FeedEntry>;
+  /** Events that the server had to leave out because this page was too slow. */
+  dropped = 0;
+  /** Newest `sent_ns` taken in. */
+  newestSentNs: number | null = null;
+
+  private readonly limits: StoreLimits;
+  private readonly listeners = new Set<() => void>();
+  private stepByNumber = new Map<number, StepRecord>();
+  private waitingForStep = new Map<number, TokenRecord[]>();
+  private nextSerial = 1;
+  private lastSeq: number | null = null;
+  private metricsCache: { version: number; windowNs: number; value: Metrics } | null = null;
+
+  constructor(limits: Partial<StoreLimits> = {}) {
+    this.limits = { ...DEFAULT_LIMITS, ...limits };
+    this.steps = new Ring(this.limits.steps);
+    this.tokens = new Ring(this.limits.tokens);
+    this.feed = new Ring(this.limits.feed);
+  }
+
+  /** Be told of every change. Returns the way to stop it. */
+  onChange(listener: () => void): () => void {
+    this.listeners.add(listener);
+    return () => this.listeners.delete(listener);
+  }
+
+  /** Replace everything, as after each (re)connection. */
+  applySnapshot(snapshot: Snapshot): void {
+    const sameServer = this.server?.instance === snapshot.server.instance;
+    if (this.server !== null && !sameServer) {
+      this.note('connection', 'Connected to a new server: what the old one measured is gone.', snapshot.now_ns);
+    }
+    const previous = this.requests;
+    const keptTokens = sameServer ? new Map([...previous].map(([handle, each]) => [handle, each])) : new Map();
+    this.server = snapshot.server;
+    this.engine = snapshot.engine;
+    this.model = snapshot.model;
+    this.capacity = snapshot.capacity;
+    this.specs = snapshot.specs;
+    this.features = snapshot.features;
+    this.steps.clear();
+    this.tokens.clear();
+    this.stepByNumber = new Map();
+    this.waitingForStep = new Map();
+    this.requests.clear();
+    this.epochs.clear();
+    this.lastSeq = snapshot.seq;
+    if (snapshot.features) {
+      this.epochs.set(snapshot.features.epoch, snapshot.features);
+    }
+    for (const event of snapshot.requests) {
+      this.requests.set(event.request, { handle: event.request, event, tokens: [], forgotten: 0 });
+    }
+    for (const event of snapshot.history) {
+      this.take(event, false);
+    }
+    // A token seen before the gap is still true if the history no longer holds it.
+    for (const [handle, before] of keptTokens as Map<number, RequestRecord>) {
+      const now = this.requests.get(handle);
+      if (now) {
+        const firstIndex = now.tokens[0]?.index ?? Infinity;
+        now.tokens.unshift(...before.tokens.filter(token => token.index < firstIndex));
+      }
+    }
+    this.trimRequests();
+    this.changed();
+  }
+
+  /** Take in a batch of events. */
+  applyFrame(frame: Frame): void {
+    const missed = this.lastSeq !== null && frame.seq > this.lastSeq + 1 ? frame.seq - this.lastSeq - 1 : 0;
+    this.lastSeq = frame.seq;
+    if (frame.dropped > 0 || missed > 0) {
+      this.dropped += frame.dropped;
+      const what = frame.dropped > 0 ? `${frame.dropped} events` : `${missed} frames`;
+      this.note('gap', `${what} left out: this page or its connection was too slow.`, frame.now_ns);
+    }
+    for (const event of frame.events) {
+      this.take(event, true);
+    }
+    this.trimRequests();
+    this.changed();
+  }
+
+  /** Add a line to the event feed. */
+  note(kind: FeedKind, text: string, atNs: number | null = null): void {
+    this.feed.push({ serial: this.nextSerial++, atNs, kind, text });
+    this.changed();
+  }
+
+  step(number: number): StepRecord | undefined {
+    return this.stepByNumber.get(number);
+  }
+
+  get activeRequests(): RequestRecord[] {
+    return [...this.requests.values()].filter(isActive);
+  }
+
+  /**
+   * Figures over the newest `windowNs` nanoseconds of activity, ending at the newest token. Infinity takes all there is.
+   */
+  metrics(windowNs: number): Metrics {
+    if (this.metricsCache?.version === this.version && this.metricsCache.windowNs === windowNs) {
+      return this.metricsCache.value;
+    }
+    const newest = this.tokens.at(-1);
+    const itl: number[] = [];
+    const ttft: number[] = [];
+    let outputRate: number | null = null;
+    if (newest) {
+      const since = newest.sentNs - windowNs;
+      let oldest = newest.sentNs;
+      let count = 0;
+      for (let index = this.tokens.length - 1; index >= 0; index--) {
+        const token = this.tokens.at(index)!;
+        if (token.sentNs < since) {
+          break;
+        }
+        oldest = Math.min(oldest, token.sentNs);
+        count += 1;
+        (token.index === 0 ? ttft : itl).push(token.latencyNs / 1e6);
+      }
+      // The oldest tokens open the span; only what came after them was made within it.
+      let opening = 0;
+      for (let index = this.tokens.length - count; index < this.tokens.length; index++) {
+        if (this.tokens.at(index)!.sentNs - oldest < 1e6) {
+          opening += 1;
+        }
+      }
+      if (newest.sentNs > oldest && count > opening) {
+        outputRate = (count - opening) / ((newest.sentNs - oldest) / 1e9);
+      }
+    }
+    const [itlP50Ms, itlP95Ms] = percentiles(itl, [0.5, 0.95]);
+    const [ttftP50Ms] = percentiles(ttft, [0.5]);
+    const active = this.activeRequests;
+    const kv = this.steps.at(-1)?.event.kv;
+    // The last step's record still counts the blocks of requests that ended in it.
+    const released = active.length === 0;
+    const value: Metrics = {
+      outputRate,
+      itlP50Ms,
+      itlP95Ms,
+      itlCount: itl.length,
+      ttftP50Ms,
+      ttftCount: ttft.length,
+      kvBlocks: kv ? (released ? 0 : kv.used_blocks / Math.max(1, kv.total_blocks)) : null,
+      kvSlots: kv ? (released ? 0 : kv.filled_slots / Math.max(1, kv.total_blocks * kv.block_size)) : null,
+      running: active.filter(each => each.event?.state !== 'queued').length,
+      waiting: active.filter(each => each.event?.state === 'queued').length,
+      idle: released
+    };
+    this.metricsCache = { version: this.version, windowNs, value };
+    return value;
+  }
+
+  private take(event: TelemetryEvent, live: boolean): void {
+    switch (event.t) {
+      case 'step':
+        this.takeStep(event);
+        break;
+      case 'tokens':
+        this.takeTokens(event);
+        break;
+      case 'request':
+        this.takeRequest(event, live);
+        break;
+      case 'features':
+        this.takeFeatures(event, live);
+        break;
+      case 'engine':
+        this.takeEngine(event, live);
+        break;
+    }
+  }
+
+  private takeStep(event: StepEvent): void {
+    const previous = this.steps.at(-1);
+    if (previous && event.step <= previous.event.step) {
+      // A restarted engine counts from the beginning: the old steps are of another life.
+      this.steps.clear();
+      this.stepByNumber.clear();
+      this.waitingForStep.clear();
+    }
+    const record: StepRecord = { event, byKind: [0, 0, 0, 0, 0], total: 0 };
+    for (let index = 0; index < event.scheduled.length; index++) {
+      record.byKind[event.kind[index]] += event.scheduled[index];
+      record.total += event.scheduled[index];
+    }
+    const forgotten = this.steps.push(record);
+    if (forgotten) {
+      this.stepByNumber.delete(forgotten.event.step);
+    }
+    this.stepByNumber.set(event.step, record);
+    const waiting = this.waitingForStep.get(event.step);
+    if (waiting) {
+      waiting.forEach(token => complete(token, record));
+      this.waitingForStep.delete(event.step);
+    }
+  }
+
+  private takeTokens(event: TokensEvent): void {
+    const step = this.stepByNumber.get(event.step);
+    for (let index = 0; index < event.request.length; index++) {
+      const token: TokenRecord = {
+        request: event.request[index],
+        index: event.index[index],
+        step: event.step,
+        tokenId: event.token_id[index],
+        text: event.text[index],
+        logprob: event.logprob[index],
+        sentNs: event.sent_ns[index],
+        latencyNs: event.latency_ns[index],
+        epoch: null,
+        batch: null,
+        kind: null
+      };
+      if (step) {
+        complete(token, step);
+      } else {
+        const list = this.waitingForStep.get(event.step) ?? [];
+        list.push(token);
+        this.waitingForStep.set(event.step, list);
+      }
+      const request = this.request(token.request);
+      request.tokens.push(token);
+      if (request.tokens.length > this.limits.tokensPerRequest) {
+        const excess = request.tokens.length - this.limits.tokensPerRequest;
+        request.tokens.splice(0, excess);
+        request.forgotten += excess;
+      }
+      this.tokens.push(token);
+      this.newestSentNs = Math.max(this.newestSentNs ?? 0, token.sentNs);
+    }
+    if (this.waitingForStep.size > 1000) {
+      this.waitingForStep.delete(this.waitingForStep.keys().next().value!);
+    }
+  }
+
+  private takeRequest(event: RequestEvent, live: boolean): void {
+    const before = this.requests.get(event.request)?.event?.state;
+    this.request(event.request).event = event;
+    if (live && before !== event.state) {
+      if (event.state === 'failed') {
+        this.note('error', `Request ${event.request} failed: ${event.error ?? 'no reason was given'}`, event.at_ns);
+      } else if (event.state === 'preempted') {
+        this.note('request', `Request ${event.request} was preempted after ${event.output_tokens} tokens.`, event.at_ns);
+      } else if (event.state === 'finished' || event.state === 'cancelled') {
+        const how = event.state === 'cancelled' ? 'was cancelled' : `finished (${event.finish_reason ?? 'done'})`;
+        this.note('request', `Request ${event.request} ${how} after ${event.output_tokens} tokens.`, event.at_ns);
+      }
+    }
+  }
+
+  private takeFeatures(event: FeaturesEvent, live: boolean): void {
+    const known = this.epochs.has(event.epoch);
+    this.epochs.set(event.epoch, event);
+    if (this.features === null || event.epoch >= this.features.epoch) {
+      this.features = event;
+    }
+    if (live && !known && event.changed.length > 0) {
+      const what = event.changed.map(name => `${name} = ${String(event.values[name])}`).join(', ');
+      this.note('switch', `Epoch ${event.epoch}: ${what}, ${describeSwitch(event)}.`, event.applied_ns);
+    } else if (live && known && event.settled_ns !== null && event.preempted > 0) {
+      this.note('switch', `Epoch ${event.epoch}: ${describeSwitch(event)}.`, event.settled_ns);
+    }
+  }
+
+  private takeEngine(event: EngineEvent, live: boolean): void {
+    const before = this.engine;
+    this.engine = event;
+    if (event.state === 'starting' || event.state === 'restarting') {
+      this.waitingForStep.clear();
+    }
+    if (live && before?.state !== event.state) {
+      const text = `Engine ${event.state}${event.message ? `: ${event.message}` : ''}`;
+      this.note(event.state === 'failed' || event.state === 'restarting' ? 'error' : 'engine', text, event.at_ns);
+    }
+  }
+
+  private request(handle: number): RequestRecord {
+    let record = this.requests.get(handle);
+    if (!record) {
+      record = { handle, event: null, tokens: [], forgotten: 0 };
+      this.requests.set(handle, record);
+    }
+    return record;
+  }
+
+  private trimRequests(): void {
+    if (this.requests.size <= this.limits.requests) {
+      return;
+    }
+    for (const [handle, record] of this.requests) {
+      if (this.requests.size <= this.limits.requests) {
+        break;
+      }
+      if (!isActive(record)) {
+        this.requests.delete(handle);
+      }
+    }
+  }
+
+  private changed(): void {
+    this.version += 1;
+    this.listeners.forEach(listener => listener());
+  }
+}
+
+/** What a switch cost, as measured: "applied in 0.4 ms · caught up after 85 ms, 3 requests recomputed 412 tokens". */
+export function describeSwitch(event: FeaturesEvent): string {
+  const ms = (ns: number) => `${(ns / 1e6).toPrecision(ns < 1e8 ? 2 : 3).replace(/e\+\d+/, '')} ms`;
+  let text = `applied in ${ms(event.apply_ns)}`;
+  if (event.preempted > 0) {
+    const requests = `${event.preempted} ${event.preempted === 1 ? 'request' : 'requests'}`;
+    text +=
+      event.settled_ns === null
+        ? ` · ${requests} catching up`
+        : ` · caught up after ${ms(event.settled_ns - event.applied_ns)}, ${requests}`;
+    if (event.recompute_tokens > 0) {
+      text += ` ${event.settled_ns === null ? 'on' : 'recomputed'} ${event.recompute_tokens.toLocaleString('en')} tokens`;
+    }
+  }
+  return text;
+}
+
+/** The value of a feature now, or its default while nothing is known. */
+export function currentValue(store: TelemetryStore, spec: FeatureSpec): FeatureValue {
+  return store.features?.values[spec.name] ?? spec.default;
+}
+
+function complete(token: TokenRecord, step: StepRecord): void {
+  token.epoch = step.event.epoch;
+  token.batch = step.event.request.length;
+  const at = step.event.request.indexOf(token.request);
+  token.kind = at < 0 ? null : step.event.kind[at];
+}

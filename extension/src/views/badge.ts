@@ -1,0 +1,47 @@
+/** The mark beside every number: how it was obtained, and on demand its definition. Works by mouse, touch and keyboard. */
+
+import { h, uniqueId } from './dom';
+import type { Translation } from './translation';
+
+export function measuredBadge(trans: Translation, what: string, definition: string): HTMLElement {
+  const id = uniqueId('definition');
+  const bubble = h('div', {
+    class: 'iw-definition',
+    text: definition,
+    attrs: { id, role: 'tooltip', hidden: true }
+  });
+  let pinned = false;
+  const show = (visible: boolean) => {
+    bubble.hidden = !visible;
+    button.setAttribute('aria-expanded', String(visible));
+  };
+  const button = h('button', {
+    class: 'iw-badge',
+    text: trans.__('measured'),
+    attrs: {
+      type: 'button',
+      'aria-label': trans.__('%1 is measured. How it is defined', what),
+      'aria-expanded': 'false',
+      'aria-describedby': id
+    },
+    on: {
+      click: () => {
+        pinned = !pinned;
+        show(pinned);
+      },
+      mouseenter: () => show(true),
+      mouseleave: () => show(pinned),
+      blur: () => {
+        pinned = false;
+        show(false);
+      },
+      keydown: event => {
+        if (event.key === 'Escape') {
+          pinned = false;
+          show(false);
+        }
+      }
+    }
+  });
+  return h('span', { class: 'iw-badge-holder' }, button, bubble);
+}

@@ -1,0 +1,16 @@
+/** Loads BokehJS when the first plot needs it: it is a megabyte. */
+
+export type { ColumnDataSource, Figure, Range1d, Span } from './bokeh-modules';
+
+export type Bokeh = typeof import('./bokeh-modules');
+
+let loading: Promise<Bokeh> | null = null;
+
+export function loadBokeh(): Promise<Bokeh> {
+  if (loading === null) {
+    loading = import('./bokeh-modules');
+    // Offline for a moment: the next plot tries again.
+    loading.catch(() => (loading = null));
+  }
+  return loading;
+}

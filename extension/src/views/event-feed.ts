@@ -1,0 +1,62 @@
+/** What happened, newest first: switches, requests, the engine, gaps in the data. */
+
+import type { FeedEntry, FeedKind } from '../telemetry/store';
+import { h } from './dom';
+import type { View, ViewContext } from './view';
+
+const SHOWN = 60;
+
+const SIGNS: Record<FeedKind, string> = {
+  switch: '⇄',
+  request: '·',
+  engine: '●',
+  error: '▲',
+  gap: '…',
+  connection: '⌁'
+};
+
+export class EventFeed implements View {
+  readonly element: HTMLElement;
+  private readonly list: HTMLElement;
+  private readonly empty: HTMLElement;
+  private newest = 0;
+
+  constructor(private readonly context: ViewContext) {
+    const { trans } = context;
+    this.list = h('ol', { class: 'iw-feed-list', attrs: { role: 'log', tabindex: 0, 'aria-label': trans.__('Events') } });
+    this.empty = h('p', { class: 'iw-empty', text: trans.__('Switches, requests and what happens to the engine are listed here.') });
+    this.element = h(
+      'section',
+      { class: 'iw-card iw-feed', attrs: { 'aria-label': trans.__('Events') } },
+      h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Events') })),
+      this.empty,
+      this.list
+    );
+  }
+
+  update(): void {
+    const { feed } = this.context.store;
+    const fresh = feed.last(SHOWN).filter(entry => entry.serial > this.newest);
+    if (fresh.length === 0) {
+      return;
+    }
+    this.newest = fresh[fresh.length - 1].serial;
+    this.empty.hidden = true;
+    this.list.prepend(...fresh.reverse().map(entry => this.line(entry)));
+    while (this.list.children.length > SHOWN) {
+      this.list.lastChild!.remove();
+    }
+  }
+
+  private line(entry: FeedEntry): HTMLElement {
+    const { store } = this.context;
+    const since = store.server && entry.atNs !== null ? (entry.atNs - store.server.started_ns) / 1e9 : null;
+    return h(
+      'li',
+      { class: `iw-feed-line iw-feed-${entry.kind}` },
+      h('span', { class: 'iw-feed-sign', text: SIGNS[entry.kind], attrs: { 'aria-hidden': 'true' } }),
+      h('span', { class: 'iw-feed-time', text: since === null ? '' : `${since.toFixed(1)} s` }),
+      h('span', { class: 'iw-feed-text', text: entry.text })
+    );
+  }
+}

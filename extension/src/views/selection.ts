@@ -1,0 +1,30 @@
+/** What the reader points at, shared by all views: an engine step, and perhaps one token of it. */
+
+export interface Pointed {
+  step: number;
+  request: number | null;
+  index: number | null;
+}
+
+export class Selection {
+  private current: Pointed | null = null;
+  private readonly listeners = new Set<() => void>();
+
+  get value(): Pointed | null {
+    return this.current;
+  }
+
+  set(value: Pointed | null): void {
+    const before = this.current;
+    if (before?.step === value?.step && before?.request === value?.request && before?.index === value?.index) {
+      return;
+    }
+    this.current = value;
+    this.listeners.forEach(listener => listener());
+  }
+
+  onChange(listener: () => void): () => void {
+    this.listeners.add(listener);
+    return () => this.listeners.delete(listener);
+  }
+}

@@ -1,0 +1,96 @@
+/** What the plots over engine steps share: which steps are in the window, the x axis, pointing at a step. */
+
+import { minMaxIndices } from '../telemetry/statistics';
+import type { StepRecord } from '../telemetry/store';
+import type { Bokeh, Range1d } from './bokeh';
+import { duration } from './format';
+import { Plot } from './plot';
+
+/** More columns than this could not be told apart. */
+const COLUMNS = 180;
+
+export abstract class StepPlot extends Plot {
+  protected shown: StepRecord[] = [];
+  protected xRange: Range1d | null = null;
+  protected yRange: Range1d | null = null;
+
+  protected makeRanges(bokeh: Bokeh): { x_range: Range1d; y_range: Range1d } {
+    this.xRange = new bokeh.Range1d({ start: 0, end: 60 });
+    this.yRange = new bokeh.Range1d({ start: 0, end: 1 });
+    return { x_range: this.xRange, y_range: this.yRange };
+  }
+
+  /** The steps of the window, thinned so that the extremes of `value` stay; sets {@link shown} and the x axis. */
+  protected collect(value: (step: StepRecord) => number): void {
+    const { store, windowNs } = this.context;
+    const newest = store.steps.at(-1);
+    const all: StepRecord[] = [];
+    if (newest) {
+      const since = newest.event.end_ns - windowNs;
+      for (let index = store.steps.length - 1; index >= 0; index--) {
+        const step = store.steps.at(index)!;
+        if (step.event.end_ns < since) {
+          break;
+        }
+        all.push(step);
+      }
+      all.reverse();
+    }
+    this.shown = minMaxIndices(all.map(value), COLUMNS).map(index => all[index]);
+    if (this.xRange && newest && all.length > 0) {
+      const first = all[0].event.step;
+      const last = newest.event.step;
+      this.xRange.start = Math.min(first, last - 40) - 1;
+      this.xRange.end = last + 1;
+    }
+  }
+
+  /** Half the width of one column, in steps. */
+  protected columnHalf(): number {
+    if (this.shown.length < 2) {
+      return 0.42;
+    }
+    const span = this.shown[this.shown.length - 1].event.step - this.shown[0].event.step + 1;
+    return Math.max(0.42, (0.5 * span) / this.shown.length);
+  }
+
+  protected pick(x: number): void {
+    const step = this.nearest(x);
+    if (step) {
+      this.context.selection.set({ step: step.event.step, request: null, index: null });
+    }
+  }
+
+  protected crosshairAt(): number | null {
+    return this.context.selection.value?.step ?? null;
+  }
+
+  protected walk(direction: -1 | 1): void {
+    const { selection } = this.context;
+    const at = this.shown.findIndex(each => each.event.step === selection.value?.step);
+    const next = at < 0 ? this.shown.length - 1 : Math.min(this.shown.length - 1, Math.max(0, at + direction));
+    const step = this.shown[next];
+    if (step) {
+      selection.set({ step: step.event.step, request: null, index: null });
+    }
+  }
+
+  protected selected(): StepRecord | null {
+    const { value } = this.context.selection;
+    return value ? (this.context.store.step(value.step) ?? null) : null;
+  }
+
+  protected stepTime(step: StepRecord): string {
+    return duration(step.event.end_ns - step.event.begin_ns);
+  }
+
+  private nearest(x: number): StepRecord | null {
+    let best: StepRecord | null = null;
+    for (const step of this.shown) {
+      if (best === null || Math.abs(step.event.step - x) < Math.abs(best.event.step - x)) {
+        best = step;
+      }
+    }
+    return best;
+  }
+}

@@ -1,0 +1,367 @@
+/**
+ * The text as it is generated, each token on the colour (and with a bar of the height) of its latency. One row a
+ * request. A token pointed at, or reached by the arrow keys, is described in the line below.
+ */
+
+import { Kind } from '../telemetry/protocol';
+import type { RequestRecord, TokenRecord } from '../telemetry/store';
+import { isActive } from '../telemetry/store';
+import { percentile } from '../telemetry/statistics';
+import { HEAT_DARK, HEAT_LIGHT, LATENCY_EDGES_MS, latencyClass } from './colours';
+import { h, setText, uniqueId } from './dom';
+import { duration } from './format';
+import type { View, ViewContext } from './view';
+
+const MAX_ROWS = 8;
+/** Older tokens of a row are folded away: thousands of elements would slow the page. */
+const MAX_TOKENS = 800;
+
+interface Row {
+  handle: number;
+  element: HTMLElement;
+  title: HTMLElement;
+  facts: HTMLElement;
+  text: HTMLElement;
+  folded: HTMLElement;
+  spans: HTMLElement[];
+  tokens: TokenRecord[];
+  /** Index of the next token to draw. */
+  next: number;
+  lastEpoch: number | null;
+  follow: boolean;
+}
+
+export class TokenStrip implements View {
+  readonly element: HTMLElement;
+  private readonly rowsElement: HTMLElement;
+  private readonly rows = new Map<number, Row>();
+  private readonly legend = h('div', { class: 'iw-legend' });
+  private readonly details: HTMLElement;
+  private readonly empty: HTMLElement;
+  private readonly more = h('p', { class: 'iw-hint', attrs: { hidden: true } });
+  private pointed: HTMLElement | null = null;
+  private readonly stopSelection: () => void;
+
+  constructor(private readonly context: ViewContext) {
+    const { trans } = context;
+    this.empty = h('p', {
+      class: 'iw-empty',
+      text: trans.__('Nothing generated yet. Press Generate above, or send a request from a notebook or any OpenAI client.')
+    });
+    this.rowsElement = h('div', { class: 'iw-strip-rows' });
+    this.details = h('p', { class: 'iw-details', attrs: { 'aria-live': 'polite' } });
+    this.setDetails(null);
+    this.element = h(
+      'section',
+      { class: 'iw-card iw-strip', attrs: { 'aria-label': trans.__('Generated tokens') } },
+      h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Tokens by latency') }), this.legend),
+      this.empty,
+      this.rowsElement,
+      this.more,
+      this.details
+    );
+    this.restyle();
+    this.stopSelection = context.selection.onChange(() => this.showSelection());
+  }
+
+  restyle(): void {
+    const { trans, theme } = this.context;
+    const heat = theme.dark ? HEAT_DARK : HEAT_LIGHT;
+    heat.forEach((shade, index) => {
+      this.element.style.setProperty(`--iw-heat-${index}`, shade.fill);
+      this.element.style.setProperty(`--iw-heat-ink-${index}`, shade.ink);
+    });
+    this.legend.replaceChildren(
+      ...heat.map((_, index) => {
+        const text =
+          index < LATENCY_EDGES_MS.length
+            ? trans.__('≤ %1', LATENCY_EDGES_MS[index])
+            : trans.__('> %1 ms', LATENCY_EDGES_MS[LATENCY_EDGES_MS.length - 1]);
+        return h('span', { class: `iw-token iw-heat-${index}`, text });
+      }),
+      h('span', { class: 'iw-token iw-first', text: trans.__('first (TTFT)') })
+    );
+  }
+
+  update(): void {
+    const { store, trans } = this.context;
+    const shown = this.choose();
+    this.empty.hidden = shown.length > 0;
+    const keep = new Set(shown.map(each => each.handle));
+    for (const [handle, row] of this.rows) {
+      if (!keep.has(handle)) {
+        row.element.remove();
+        this.rows.delete(handle);
+      }
+    }
+    shown.forEach((request, at) => {
+      let row = this.rows.get(request.handle);
+      const first = request.tokens[0]?.index ?? 0;
+      const newest = request.tokens.at(-1)?.index ?? -1;
+      if (row && newest + 1 < row.next) {
+        // Another server gave the handle to another request.
+        row.element.remove();
+        row = undefined;
+      }
+      if (!row) {
+        row = this.makeRow(request.handle);
+        row.next = first;
+        this.rows.set(request.handle, row);
+      }
+      if (this.rowsElement.children[at] !== row.element) {
+        this.rowsElement.insertBefore(row.element, this.rowsElement.children[at] ?? null);
+      }
+      this.fillRow(row, request);
+    });
+    const hidden = [...store.requests.values()].filter(isActive).length - shown.filter(isActive).length;
+    this.more.hidden = hidden <= 0;
+    setText(this.more, hidden > 0 ? trans.__('%1 more requests are running and not shown here.', hidden) : '');
+  }
+
+  dispose(): void {
+    this.stopSelection();
+  }
+
+  /** Running requests first, newest last; then the most recent ended ones, as long as there is room. */
+  private choose(): RequestRecord[] {
+    const all = [...this.context.store.requests.values()].filter(each => each.tokens.length > 0 || isActive(each));
+    all.sort((a, b) => b.handle - a.handle);
+    const active = all.filter(isActive).slice(0, MAX_ROWS);
+    const group = all[0];
+    const recent =
+      active.length > 0
+        ? active
+        : all.filter(each => each === group || (group.event && each.event?.arrival_ns === group.event.arrival_ns));
+    const shown = new Set(recent.slice(0, MAX_ROWS));
+    for (const each of all) {
+      if (shown.size >= Math.min(MAX_ROWS, Math.max(3, recent.length))) {
+        break;
+      }
+      shown.add(each);
+    }
+    return [...shown].sort((a, b) => b.handle - a.handle);
+  }
+
+  private makeRow(handle: number): Row {
+    const { trans } = this.context;
+    const titleId = uniqueId('row');
+    const title = h('span', { class: 'iw-row-title', attrs: { id: titleId } });
+    const facts = h('span', { class: 'iw-row-facts' });
+    const folded = h('span', { class: 'iw-folded', attrs: { hidden: true } });
+    const text = h('div', {
+      class: 'iw-row-text',
+      attrs: {
+        tabindex: 0,
+        role: 'group',
+        'aria-labelledby': titleId,
+        'aria-description': trans.__('Left and right arrow keys go from token to token.')
+      }
+    });
+    text.append(folded);
+    const row: Row = {
+      handle,
+      element: h('div', { class: 'iw-row' }, h('div', { class: 'iw-row-head' }, title, facts), text),
+      title,
+      facts,
+      text,
+      folded,
+      spans: [],
+      tokens: [],
+      next: 0,
+      lastEpoch: null,
+      follow: true
+    };
+    text.addEventListener('mouseover', event => {
+      const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
+      if (span) {
+        this.pointAt(row, row.spans.indexOf(span));
+      }
+    });
+    text.addEventListener('mouseleave', () => {
+      if (document.activeElement !== text) {
+        this.context.selection.set(null);
+      }
+    });
+    text.addEventListener('scroll', () => {
+      row.follow = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
+    });
+    text.addEventListener('keydown', event => this.onKey(row, event));
+    text.addEventListener('blur', () => this.context.selection.set(null));
+    return row;
+  }
+
+  private onKey(row: Row, event: KeyboardEvent): void {
+    const at = this.pointed ? row.spans.indexOf(this.pointed) : -1;
+    const last = row.spans.length - 1;
+    const moves: Record<string, number> = {
+      ArrowLeft: at < 0 ? last : Math.max(0, at - 1),
+      ArrowRight: at < 0 ? 0 : Math.min(last, at + 1),
+      Home: 0,
+      End: last
+    };
+    if (event.key in moves && last >= 0) {
+      event.preventDefault();
+      this.pointAt(row, moves[event.key]);
+      row.spans[moves[event.key]]?.scrollIntoView({ block: 'nearest' });
+    } else if (event.key === 'Escape') {
+      this.context.selection.set(null);
+    }
+  }
+
+  private fillRow(row: Row, request: RequestRecord): void {
+    const { trans } = this.context;
+    const { event } = request;
+    setText(row.title, event?.preview ? `#${request.handle} ${event.preview}` : `#${request.handle}`);
+    setText(row.facts, this.facts(request));
+    row.element.dataset.state = event?.state ?? 'running';
+    const fragment = document.createDocumentFragment();
+    const firstIndex = request.tokens[0]?.index ?? 0;
+    for (let at = Math.max(0, row.next - firstIndex); at < request.tokens.length; at++) {
+      const token = request.tokens[at];
+      if (row.lastEpoch !== null && token.epoch !== null && token.epoch !== row.lastEpoch) {
+        fragment.append(this.switchMark(token.epoch));
+      }
+      row.lastEpoch = token.epoch ?? row.lastEpoch;
+      const span = tokenSpan(token);
+      row.spans.push(span);
+      row.tokens.push(token);
+      fragment.append(span);
+      row.next = token.index + 1;
+    }
+    if (fragment.childNodes.length > 0) {
+      row.text.append(fragment);
+      const excess = row.spans.length - MAX_TOKENS;
+      if (excess > 0) {
+        row.spans.splice(0, excess).forEach(span => span.remove());
+        row.tokens.splice(0, excess);
+        row.folded.hidden = false;
+        setText(row.folded, trans.__('… %1 earlier tokens ', row.tokens[0].index));
+      }
+      if (row.follow) {
+        row.text.scrollTop = row.text.scrollHeight;
+      }
+    }
+  }
+
+  private facts(request: RequestRecord): string {
+    const { trans } = this.context;
+    const { event, tokens } = request;
+    const parts: string[] = [];
+    if (event) {
+      const states = {
+        queued: trans.__('queued'),
+        running: trans.__('running'),
+        preempted: trans.__('preempted, catching up'),
+        finished: event.finish_reason === 'length' ? trans.__('reached its limit') : trans.__('finished'),
+        cancelled: trans.__('cancelled'),
+        failed: trans.__('failed: %1', event.error ?? '')
+      };
+      parts.push(states[event.state]);
+      parts.push(trans.__('prompt %1', event.prompt_tokens));
+    }
+    const produced = tokens.length > 0 ? tokens[tokens.length - 1].index + 1 : 0;
+    parts.push(event ? trans.__('%1/%2 tokens', produced, event.max_tokens) : trans.__('%1 tokens', produced));
+    const first = tokens[0];
+    if (first?.index === 0) {
+      parts.push(`TTFT ${duration(first.latencyNs)}`);
+    }
+    const recent = tokens
+      .slice(-64)
+      .filter(each => each.index > 0)
+      .map(each => each.latencyNs);
+    const median = percentile(recent, 0.5);
+    if (median !== null) {
+      parts.push(`ITL ${duration(median)}`);
+    }
+    return parts.join(' · ');
+  }
+
+  private switchMark(epoch: number): HTMLElement {
+    const { trans, store } = this.context;
+    const event = store.epochs.get(epoch);
+    const what = event?.changed.map(name => `${name} ${say(event.values[name])}`).join(', ');
+    return h('span', { class: 'iw-switch-mark', text: what || trans.__('epoch %1', epoch) });
+  }
+
+  private pointAt(row: Row, at: number): void {
+    const token = row.tokens[at];
+    if (token) {
+      this.context.selection.set({ step: token.step, request: token.request, index: token.index });
+    }
+  }
+
+  private showSelection(): void {
+    const { value } = this.context.selection;
+    this.pointed?.classList.remove('iw-pointed');
+    this.pointed = null;
+    const row = value && value.request !== null ? this.rows.get(value.request) : undefined;
+    const at = row ? row.tokens.findIndex(token => token.index === value!.index) : -1;
+    if (row && at >= 0) {
+      this.pointed = row.spans[at];
+      this.pointed.classList.add('iw-pointed');
+      this.setDetails(row.tokens[at]);
+    } else {
+      this.setDetails(null);
+    }
+  }
+
+  private setDetails(token: TokenRecord | null): void {
+    const { trans, store } = this.context;
+    this.details.classList.toggle('iw-quiet', token === null);
+    if (token === null) {
+      setText(this.details, trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.'));
+      return;
+    }
+    const prompt = store.requests.get(token.request)?.event?.prompt_tokens;
+    const parts = [
+      `“${visible(token.text)}”`,
+      trans.__('request #%1', token.request),
+      `${token.index === 0 ? 'TTFT' : 'ITL'} ${duration(token.latencyNs)}`,
+      prompt === undefined
+        ? trans.__('output token %1', token.index)
+        : trans.__('position %1 (output token %2)', prompt + token.index, token.index),
+      trans.__('step %1', token.step)
+    ];
+    if (token.epoch !== null) {
+      parts.push(trans.__('epoch %1', token.epoch));
+    }
+    if (token.batch !== null) {
+      parts.push(trans.__('batch of %1', token.batch));
+    }
+    if (token.kind !== null) {
+      parts.push(kindName(token.kind, trans));
+    }
+    if (token.logprob !== null) {
+      parts.push(trans.__('probability %1 %', (Math.exp(token.logprob) * 100).toFixed(1)));
+    }
+    setText(this.details, parts.join(' · '));
+  }
+}
+
+export function kindName(kind: Kind, trans: ViewContext['trans']): string {
+  switch (kind) {
+    case Kind.Prefill:
+      return trans.__('prefill');
+    case Kind.Decode:
+      return trans.__('decode');
+    case Kind.Recompute:
+      return trans.__('recompute');
+    case Kind.Draft:
+      return trans.__('draft');
+    case Kind.Verify:
+      return trans.__('verify');
+  }
+}
+
+function tokenSpan(token: TokenRecord): HTMLElement {
+  const look = token.index === 0 ? 'iw-first' : `iw-heat-${latencyClass(token.latencyNs / 1e6)}`;
+  return h('span', { class: `iw-token ${look}`, text: token.text === '' ? '·' : token.text });
+}
+
+function visible(text: string): string {
+  return text.replaceAll('\n', '↵').replaceAll('\t', '⇥') || '·';
+}
+
+function say(value: boolean | number | string): string {
+  return value === true ? 'on' : value === false ? 'off' : String(value);
+}

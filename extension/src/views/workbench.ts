@@ -1,0 +1,192 @@
+/** The whole workbench: all views over one store, one repaint loop, one selection. The same in every host. */
+
+import type { TelemetryConnection } from '../telemetry/connection';
+import { BatchPlot } from './batch-plot';
+import { h } from './dom';
+import { EventFeed } from './event-feed';
+import { KvPlot } from './kv-plot';
+import { LatencyPlot } from './latency-plot';
+import { PaintLoop } from './loop';
+import type { PaintStats } from './loop';
+import type { Plot } from './plot';
+import { PromptBox } from './prompt-box';
+import { Selection } from './selection';
+import { StatusBar } from './status-bar';
+import { Switchboard } from './switchboard';
+import type { Theme } from './theme';
+import { readTheme, watchTheme } from './theme';
+import { Tiles } from './tiles';
+import { TokenStrip } from './token-strip';
+import type { Translation } from './translation';
+import { untranslated } from './translation';
+import type { View, ViewContext } from './view';
+
+export interface WorkbenchOptions {
+  trans?: Translation;
+  /** Repaints per second, at most. */
+  repaintRate?: number;
+  /** Seconds that figures and plots look back; 0 for everything kept. */
+  windowSeconds?: number;
+}
+
+export interface WorkbenchStats extends PaintStats {
+  /** Events the server left out because the page was too slow. */
+  dropped: number;
+  reconnects: number;
+  connection: string;
+  engine: string | null;
+  /** Half the quickest clock exchange: the largest error of the latencies. */
+  clockUncertaintyMs: number | null;
+}
+
+const WINDOWS: readonly number[] = [5, 30, 0];
+
+export class Workbench {
+  readonly element: HTMLElement;
+  readonly switchboard: Switchboard;
+  private readonly views: View[];
+  private readonly plots: Plot[];
+  private readonly context: ViewContext & { theme: Theme; windowNs: number };
+  private readonly loop: PaintLoop;
+  private readonly stops: (() => void)[] = [];
+  private readonly windowButtons: HTMLButtonElement[];
+  private tail: ReturnType<typeof setTimeout> | null = null;
+
+  constructor(
+    private readonly connection: TelemetryConnection,
+    options: WorkbenchOptions = {}
+  ) {
+    const trans = options.trans ?? untranslated;
+    const { store } = connection;
+    this.element = h('div', { class: 'iw-workbench', attrs: { role: 'region', 'aria-label': trans.__('Inference Workbench') } });
+    this.context = {
+      store,
+      connection,
+      selection: new Selection(),
+      trans,
+      theme: readTheme(this.element),
+      windowNs: Infinity
+    };
+    this.loop = new PaintLoop(
+      {
+        paint: () => this.paint(),
+        visible: () => this.element.isConnected && this.element.checkVisibility(),
+        serverTime: pageMs => connection.clock.serverTime(pageMs),
+        newestSentNs: () => store.newestSentNs
+      },
+      options.repaintRate ?? 10
+    );
+    const status = new StatusBar(this.context, () => this.loop.stats());
+    const tiles = new Tiles(this.context);
+    const prompt = new PromptBox(this.context);
+    this.switchboard = new Switchboard(this.context);
+    const strip = new TokenStrip(this.context);
+    this.plots = [new LatencyPlot(this.context), new BatchPlot(this.context), new KvPlot(this.context)];
+    const feed = new EventFeed(this.context);
+    this.views = [status, tiles, prompt, this.switchboard, strip, ...this.plots, feed];
+    this.windowButtons = WINDOWS.map(seconds =>
+      h('button', {
+        class: 'iw-window',
+        text: seconds === 0 ? trans.__('all') : trans.__('%1 s', seconds),
+        attrs: { type: 'button', 'aria-pressed': 'false', 'data-window': seconds },
+        on: { click: () => this.setWindow(seconds) }
+      })
+    );
+    this.element.append(
+      status.element,
+      h(
+        'main',
+        { class: 'iw-body' },
+        tiles.element,
+        h('div', { class: 'iw-controls' }, prompt.element, this.switchboard.element),
+        strip.element,
+        h(
+          'div',
+          { class: 'iw-plots-head' },
+          h('h2', { text: trans.__('Steps and tokens') }),
+          h('span', { class: 'iw-spring' }),
+          h(
+            'div',
+            { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') } },
+            h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
+            ...this.windowButtons
+          )
+        ),
+        h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
+      )
+    );
+    this.setWindow(options.windowSeconds ?? 30);
+    this.stops.push(
+      store.onChange(this.loop.request),
+      connection.onStatus(this.loop.request),
+      watchTheme(() => this.restyle())
+    );
+    const seen = new IntersectionObserver(() => this.loop.request());
+    seen.observe(this.element);
+    this.stops.push(() => seen.disconnect());
+    // Colours come from CSS, which applies once the element is in the page.
+    requestAnimationFrame(() => this.restyle());
+    this.loop.request();
+  }
+
+  setRepaintRate(rate: number): void {
+    this.loop.setRate(rate);
+  }
+
+  setWindow(seconds: number): void {
+    this.context.windowNs = seconds === 0 ? Infinity : seconds * 1e9;
+    for (const button of this.windowButtons) {
+      button.setAttribute('aria-pressed', String(Number(button.dataset.window) === seconds));
+    }
+    this.connection.store.version += 1;
+    this.loop.request();
+  }
+
+  /** Draw soon: the view may have become visible. */
+  refresh(): void {
+    this.loop.request();
+  }
+
+  stats(): WorkbenchStats {
+    return {
+      ...this.loop.stats(),
+      dropped: this.connection.store.dropped,
+      reconnects: this.connection.reconnects,
+      connection: this.connection.status.state,
+      engine: this.connection.store.engine?.state ?? null,
+      clockUncertaintyMs: this.connection.clock.uncertaintyMs
+    };
+  }
+
+  resetStats(): void {
+    this.loop.resetStats();
+  }
+
+  dispose(): void {
+    if (this.tail !== null) {
+      clearTimeout(this.tail);
+    }
+    this.stops.forEach(stop => stop());
+    this.loop.dispose();
+    this.views.forEach(view => view.dispose?.());
+    this.element.remove();
+  }
+
+  private paint(): void {
+    this.views.forEach(view => view.update());
+    // Plots repaint less often than the loop runs; the last data must still arrive in them.
+    if (this.tail === null && this.plots.some(plot => plot.stale)) {
+      this.tail = setTimeout(() => {
+        this.tail = null;
+        this.loop.request();
+      }, 220);
+    }
+  }
+
+  private restyle(): void {
+    this.context.theme = readTheme(this.element);
+    this.element.dataset.dark = String(this.context.theme.dark);
+    this.views.forEach(view => view.restyle?.());
+    this.loop.request();
+  }
+}

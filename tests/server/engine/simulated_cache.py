@@ -1,0 +1,70 @@
+"""An oracle for the scheduler and the KV cache: every slot remembers which text its key and value would stand for.
+
+A key and a value at position ``i`` depend on the tokens up to ``i`` and on nothing else. So instead of tensors a slot
+holds a digest of those tokens, and "attention" checks that the slots a request reads hold exactly its own text. A
+block shared with the wrong request, copied too late, freed too early or written by someone else shows at once.
+"""
+
+from __future__ import annotations
+
+from inference_server.engine.request import Request
+from inference_server.engine.scheduler import StepPlan
+
+VOCABULARY = 50
+
+
+def text_digest(tokens: list[int]) -> int:
+    return hash(tuple(tokens))
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    """The oracle's language model and sampler: any function of the whole text and the request's seed will do."""
+    return (hash((tuple(tokens), seed)) >> 7) % VOCABULARY
+
+
+def isolated_output(prompt: list[int], count: int, seed: int, stop: frozenset[int] = frozenset()) -> list[int]:
+    """What a request must produce, whatever else is going on."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, seed))
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prompt) :]
+
+
+class SimulatedCache:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: list[int | None] = [None] * (num_blocks * block_size)
+
+    def slot(self, request: Request, position: int) -> int:
+        return request.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def forward(self, plan: StepPlan) -> list[int]:
+        """Compute a step, checking everything that is read; return the sampled tokens."""
+        size = self.block_size
+        for source, destination in plan.copies:
+            self.slots[destination * size : (destination + 1) * size] = self.slots[source * size : (source + 1) * size]
+        if not plan.use_cache:
+            for item in plan.items:
+                assert (item.start, item.count) == (0, item.request.num_tokens)
+            return [next_token(item.request.tokens, item.request.seed) for item in plan.items]
+        written: dict[int, int] = {}
+        for item in plan.items:
+            for position in range(item.start, item.start + item.count):
+                slot = self.slot(item.request, position)
+                digest = text_digest(item.request.tokens[: position + 1])
+                # The layer writes all keys before it reads any: two requests may not write one slot differently.
+                assert written.setdefault(slot, digest) == digest, "two requests wrote different text to one slot"
+                self.slots[slot] = digest
+        sampled = []
+        for item in plan.items:
+            end = item.start + item.count
+            assert end <= item.request.num_tokens
+            for position in range(end):
+                assert self.slots[self.slot(item.request, position)] == text_digest(
+                    item.request.tokens[: position + 1]
+                ), f"request {item.request.handle} reads someone else's key at position {position}"
+            if item.sample:
+                sampled.append(next_token(item.request.tokens, item.request.seed))
+        return sampled

@@ -1,0 +1,36 @@
+"""The Jupyter server extension: ``<base_url>/inference-workbench/…``, one inference server per Jupyter server.
+
+Enabled by ``jupyter-config/inference_workbench.json``. Importing it costs a Jupyter server almost nothing: the front
+process is started by the first request that needs it, and neither torch nor the client is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference_workbench.jupyter.front_process import FrontProcess
+
+PROXY_NAME = "inference-workbench"
+"""Path segment under the Jupyter server's base URL."""
+
+
+def add_handlers(web_app: Any, front: FrontProcess) -> None:
+    """Serve ``front`` under :data:`PROXY_NAME` of a Jupyter server's tornado application."""
+    from jupyter_server.utils import url_path_join  # noqa: PLC0415 -- only there when Jupyter Server loads this
+    from jupyter_server_proxy.handlers import AddSlashHandler  # noqa: PLC0415
+
+    from inference_workbench.jupyter.handler import WorkbenchProxyHandler  # noqa: PLC0415
+
+    root = url_path_join(web_app.settings["base_url"], PROXY_NAME)
+    web_app.add_handlers(".*", [(root + r"(/.*)", WorkbenchProxyHandler, {"front": front}), (root, AddSlashHandler)])
+
+
+def _jupyter_server_extension_points() -> list[dict[str, Any]]:
+    return [{"module": "inference_workbench.jupyter"}]
+
+
+def _load_jupyter_server_extension(server_app: Any) -> None:
+    from inference_workbench.jupyter.front_process import FrontProcess  # noqa: PLC0415
+
+    add_handlers(server_app.web_app, FrontProcess(log=server_app.log))
