@@ -69,6 +69,7 @@ def run(settings: Settings) -> None:
                 ws_per_message_deflate=False,
                 ws_max_size=1 << 20,
                 timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=75,
                 server_header=False,
             ),
             front,

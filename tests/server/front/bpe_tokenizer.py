@@ -13,7 +13,6 @@ import tiny_model
 def train_tokenizer(folder: Path) -> Path:
     """Write the tokenizer of the tiny model, and two added tokens, into ``folder``: byte-level BPE."""
 
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -163,7 +163,7 @@ def test_a_chat_template_renders_as_in_transformers(
             expected = oracle.apply_chat_template(
                 conversation, chat_template=template, add_generation_prompt=prompt, tokenize=False, **variables
             )
-            assert ours.render(conversation, add_generation_prompt=prompt, **variables) == expected
+            assert ours.render(conversation, add_generation_prompt=prompt, variables=variables) == expected
 
 
 def test_the_ids_of_a_chat_are_those_of_transformers(tokenizer_folder: Path, tokenizer: ModelTokenizer) -> None:
