@@ -47,8 +47,9 @@ def run(settings: Settings) -> None:
         If the address cannot be listened on or the settings are wrong.
     """
     if settings.origin != "cli":
-        # There is an engine to end and a file to remove; the timer below sees to it that this cannot take for ever.
-        die_with_parent(signal.SIGTERM)
+        # There is an engine to end and a file to remove; a timer sees to it that this cannot take for ever. A notebook
+        # may have started us from a thread that ends long before it does.
+        die_with_parent(signal.SIGTERM, even_if_hung=False)
     # Uvicorn ends by raising the signal again; without a handler that would skip everything below that tidies up.
     signal.signal(signal.SIGTERM, _exit_on_signal)
     configure_logging(settings.log_level)
