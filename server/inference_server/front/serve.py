@@ -7,6 +7,7 @@ same time can connect while the engine is loading.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 import structlog
@@ -52,6 +54,7 @@ def run(settings: Settings) -> None:
         die_with_parent(signal.SIGTERM, even_if_hung=False)
     # Uvicorn ends by raising the signal again; without a handler that would skip everything below that tidies up.
     signal.signal(signal.SIGTERM, _exit_on_signal)
+    sys.stderr = _UnbreakableStream(sys.stderr)
     configure_logging(settings.log_level)
     with _listening(settings) as listener:
         url = None if settings.uds else f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -119,6 +122,39 @@ def configure_logging(level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+class _UnbreakableStream(io.TextIOBase):
+    """Standard error for a process that may outlive whoever reads it: what cannot be written is dropped.
+
+    Without this, a message to a closed pipe or terminal would end the very code that has an engine to end.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Encoding of the stream behind."""
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Everything is flushed when it is written."""
+
+    def isatty(self) -> bool:
+        """Whether a person sees it."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream behind."""
+        return self._stream.fileno()
 
 
 def _exit_on_signal(number: int, _frame: object) -> None:

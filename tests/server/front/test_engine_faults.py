@@ -172,7 +172,7 @@ def test_killing_whoever_started_the_front_leaves_neither(tmp_path: Path, tokeni
         """
         import subprocess, sys, time
         command = [sys.executable, "-m", "inference_server.cli", "serve", "--uds", sys.argv[1]]
-        print(subprocess.Popen(command).pid, flush=True)
+        print(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).pid, flush=True)
         time.sleep(60)
         """
     )
