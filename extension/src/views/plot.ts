@@ -31,7 +31,10 @@ export abstract class Plot implements View {
   private readonly frame: HTMLElement;
   private readonly legendElement = h('div', { class: 'iw-legend' });
   private readonly captionElement = h('p', { class: 'iw-caption' });
-  private readonly tableElement = h('div', { class: 'iw-table-holder', attrs: { hidden: true, tabindex: 0, role: 'region' } });
+  private readonly tableElement = h('div', {
+    class: 'iw-table-holder',
+    attrs: { hidden: true, tabindex: 0, role: 'region' }
+  });
   private readonly tableButton: HTMLButtonElement;
   private started = false;
   private disposed = false;

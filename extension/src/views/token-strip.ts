@@ -3,7 +3,6 @@
  * request. A token pointed at, or reached by the arrow keys, is described in the line below.
  */
 
-import { Kind } from '../telemetry/protocol';
 import type { RequestRecord, TokenRecord } from '../telemetry/store';
 import { isActive } from '../telemetry/store';
 import { percentile } from '../telemetry/statistics';
@@ -11,6 +10,7 @@ import { HEAT_DARK, HEAT_LIGHT, LATENCY_EDGES_MS, latencyClass } from './colours
 import { h, setText, uniqueId } from './dom';
 import { duration } from './format';
 import type { View, ViewContext } from './view';
+import { changes, kindName } from './words';
 
 const MAX_ROWS = 8;
 /** Older tokens of a row are folded away: thousands of elements would slow the page. */
@@ -46,7 +46,9 @@ export class TokenStrip implements View {
     const { trans } = context;
     this.empty = h('p', {
       class: 'iw-empty',
-      text: trans.__('Nothing generated yet. Press Generate above, or send a request from a notebook or any OpenAI client.')
+      text: trans.__(
+        'Nothing generated yet. Press Generate above, or send a request from a notebook or any OpenAI client.'
+      )
     });
     this.rowsElement = h('div', { class: 'iw-strip-rows' });
     this.details = h('p', { class: 'iw-details', attrs: { 'aria-live': 'polite' } });
@@ -113,6 +115,7 @@ export class TokenStrip implements View {
       }
       this.fillRow(row, request);
     });
+    this.rowsElement.classList.toggle('iw-many', shown.length > 2);
     const hidden = [...store.requests.values()].filter(isActive).length - shown.filter(isActive).length;
     this.more.hidden = hidden <= 0;
     setText(this.more, hidden > 0 ? trans.__('%1 more requests are running and not shown here.', hidden) : '');
@@ -279,7 +282,7 @@ export class TokenStrip implements View {
   private switchMark(epoch: number): HTMLElement {
     const { trans, store } = this.context;
     const event = store.epochs.get(epoch);
-    const what = event?.changed.map(name => `${name} ${say(event.values[name])}`).join(', ');
+    const what = event ? changes(event, trans) : '';
     return h('span', { class: 'iw-switch-mark', text: what || trans.__('epoch %1', epoch) });
   }
 
@@ -309,7 +312,10 @@ export class TokenStrip implements View {
     const { trans, store } = this.context;
     this.details.classList.toggle('iw-quiet', token === null);
     if (token === null) {
-      setText(this.details, trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.'));
+      setText(
+        this.details,
+        trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.')
+      );
       return;
     }
     const prompt = store.requests.get(token.request)?.event?.prompt_tokens;
@@ -338,21 +344,6 @@ export class TokenStrip implements View {
   }
 }
 
-export function kindName(kind: Kind, trans: ViewContext['trans']): string {
-  switch (kind) {
-    case Kind.Prefill:
-      return trans.__('prefill');
-    case Kind.Decode:
-      return trans.__('decode');
-    case Kind.Recompute:
-      return trans.__('recompute');
-    case Kind.Draft:
-      return trans.__('draft');
-    case Kind.Verify:
-      return trans.__('verify');
-  }
-}
-
 function tokenSpan(token: TokenRecord): HTMLElement {
   const look = token.index === 0 ? 'iw-first' : `iw-heat-${latencyClass(token.latencyNs / 1e6)}`;
   return h('span', { class: `iw-token ${look}`, text: token.text === '' ? '·' : token.text });
@@ -360,8 +351,4 @@ function tokenSpan(token: TokenRecord): HTMLElement {
 
 function visible(text: string): string {
   return text.replaceAll('\n', '↵').replaceAll('\t', '⇥') || '·';
-}
-
-function say(value: boolean | number | string): string {
-  return value === true ? 'on' : value === false ? 'off' : String(value);
 }

@@ -58,7 +58,10 @@ export class Workbench {
   ) {
     const trans = options.trans ?? untranslated;
     const { store } = connection;
-    this.element = h('div', { class: 'iw-workbench', attrs: { role: 'region', 'aria-label': trans.__('Inference Workbench') } });
+    this.element = h('div', {
+      class: 'iw-workbench',
+      attrs: { role: 'region', 'aria-label': trans.__('Inference Workbench') }
+    });
     this.context = {
       store,
       connection,
@@ -95,24 +98,32 @@ export class Workbench {
     this.element.append(
       status.element,
       h(
-        'main',
+        'div',
         { class: 'iw-body' },
         tiles.element,
-        h('div', { class: 'iw-controls' }, prompt.element, this.switchboard.element),
+        prompt.element,
+        this.switchboard.element,
         strip.element,
         h(
           'div',
-          { class: 'iw-plots-head' },
-          h('h2', { text: trans.__('Steps and tokens') }),
-          h('span', { class: 'iw-spring' }),
+          { class: 'iw-plots-area' },
           h(
             'div',
-            { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') } },
-            h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
-            ...this.windowButtons
-          )
-        ),
-        h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
+            { class: 'iw-plots-head' },
+            h('h2', { text: trans.__('Steps and tokens') }),
+            h('span', { class: 'iw-spring' }),
+            h(
+              'div',
+              {
+                class: 'iw-windows',
+                attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') }
+              },
+              h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
+              ...this.windowButtons
+            )
+          ),
+          h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
+        )
       )
     );
     this.setWindow(options.windowSeconds ?? 30);
