@@ -168,6 +168,13 @@ def create_app(front: Front) -> FastAPI:
     return app
 
 
+# Where several types are possible, the complaint about one of them would mislead.
+_UNION_FIELDS = {
+    "prompt": "'prompt' is a text, a list of token ids, a list of texts, or a list of lists of token ids.",
+    "stop": "'stop' is a text of one character at least, or a list of up to 16 of them.",
+}
+
+
 def _log_folder() -> Path:
     return user_log_path("inference-workbench", appauthor=False)
 
@@ -194,7 +201,7 @@ async def _answer_invalid_body(_request: Request, error: Exception) -> Response:
         return _answer(ApiError(422, f"The body must be a JSON object: {first['msg']}.", code="invalid_body"))
     field = place[0]
     where = ".".join(place)
-    message = f"{where!r}: {first['msg']}."
+    message = _UNION_FIELDS.get(field) or f"{where!r}: {first['msg']}."
     if len(problems) > 1:
         others = sorted({str(p["loc"][1]) for p in problems[1:] if len(p["loc"]) > 1} - {field})
         message += f" Also wrong: {', '.join(others)}." if others else ""

@@ -49,6 +49,8 @@ def run(settings: Settings) -> None:
     if settings.origin != "cli":
         # There is an engine to end and a file to remove; the timer below sees to it that this cannot take for ever.
         die_with_parent(signal.SIGTERM)
+    # Uvicorn ends by raising the signal again; without a handler that would skip everything below that tidies up.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     configure_logging(settings.log_level)
     with _listening(settings) as listener:
         url = None if settings.uds else f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -84,7 +86,8 @@ def run(settings: Settings) -> None:
             )
         )
         try:
-            progress.announce(url=url, uds=settings.uds, token=settings.token)
+            # What Jupyter or a kernel starts writes into their logs, where the token has no place.
+            progress.announce(url=url, uds=settings.uds, token=settings.token if settings.origin == "cli" else None)
             server.run(sockets=[listener])
         finally:
             discovery.withdraw(info)
@@ -113,6 +116,10 @@ def configure_logging(level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 class _Server(uvicorn.Server):
