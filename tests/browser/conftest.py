@@ -25,8 +25,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What a page may print that is not ours to mend: JupyterLab's own probes for things that are not there.
-TOLERATED = ("Failed to load resource: the server responded with a status of 404",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +56,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What the page's console reported as an error; a test that expects some clears it."""
+    """What the page's console reported as an error, with its address; a test that expects some clears it."""
     return []
 
 
@@ -66,8 +64,11 @@ def complaints() -> list[str]:
 def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1500, "height": 1300})
     page = context.new_page()
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: complaints.append(f"{message.text} {message.location['url']}") if message.type == "error" else None,
+    )
     page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
     yield page
     context.close()
-    assert [each for each in complaints if not each.startswith(TOLERATED)] == []
+    assert complaints == []

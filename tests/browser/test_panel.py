@@ -81,7 +81,9 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     assert off > 5 * abs(on), (off, on)
 
 
-def test_every_switch_is_drawn_from_the_servers_description_and_a_refusal_is_shown(page: Page, lab: JupyterLab) -> None:
+def test_every_switch_is_drawn_from_the_servers_description_and_a_refusal_is_shown(
+    page: Page, lab: JupyterLab, complaints: list[str]
+) -> None:
     workbench = open_panel(page, lab)
     described = httpx.get(f"{lab.workbench}features", headers=lab.headers, timeout=30).json()["specs"]
     drawn = workbench.locator("[data-feature]").evaluate_all("elements => elements.map(each => each.dataset.feature)")
@@ -97,6 +99,8 @@ def test_every_switch_is_drawn_from_the_servers_description_and_a_refusal_is_sho
     number.press("Enter")
     expect(workbench.locator("[data-feature=max_num_seqs] .iw-switch-result")).to_contain_text("Refused")
     assert httpx.get(f"{lab.workbench}features", headers=lab.headers).json()["values"]["max_num_seqs"] == 7
+    assert len(complaints) == 1
+    assert "422" in complaints.pop()  # the browser reports the refusal too
     number.fill("32")
     number.press("Enter")
     expect(workbench.locator("[data-feature=max_num_seqs] .iw-switch-result")).to_contain_text("applied in")

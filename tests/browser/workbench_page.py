@@ -48,6 +48,7 @@ def generate(workbench: Locator, preset: str, *, tokens: int, parallel: int | No
 def finished(workbench: Locator, timeout_s: float = 120) -> None:
     """Wait until nothing runs any more, and the last painting has happened."""
     expect(workbench.locator("[data-action=stop]")).to_be_disabled(timeout=timeout_s * 1000)
+    workbench.page.wait_for_timeout(400)
 
 
 def produced(workbench: Locator) -> list[int]:

@@ -165,7 +165,7 @@ export class BatchPlot extends StepPlot {
       .map(kind => `${count(step.byKind[kind])} ${kindName(kind, trans)}`)
       .join(' + ');
     return trans.__(
-      'step %1: %2 requests, %3 tokens, %4 (forward %5)',
+      'step %1: batch of %2, %3 tokens, %4 (forward %5)',
       step.event.step,
       step.event.request.length,
       kinds,

@@ -29,6 +29,8 @@ interface Row {
   next: number;
   lastEpoch: number | null;
   follow: boolean;
+  /** Got tokens in this update. */
+  grown: boolean;
 }
 
 export class TokenStrip implements View {
@@ -115,6 +117,13 @@ export class TokenStrip implements View {
       }
       this.fillRow(row, request);
     });
+    // All rows are written before the first is measured: measuring makes the browser lay out the page.
+    for (const row of this.rows.values()) {
+      if (row.grown && row.follow) {
+        row.text.scrollTop = 1e6;
+      }
+      row.grown = false;
+    }
     this.rowsElement.classList.toggle('iw-many', shown.length > 2);
     const hidden = [...store.requests.values()].filter(isActive).length - shown.filter(isActive).length;
     this.more.hidden = hidden <= 0;
@@ -125,24 +134,15 @@ export class TokenStrip implements View {
     this.stopSelection();
   }
 
-  /** Running requests first, newest last; then the most recent ended ones, as long as there is room. */
+  /** What runs, and those that came together with the newest; then the most recent ended ones, up to three in all. */
   private choose(): RequestRecord[] {
     const all = [...this.context.store.requests.values()].filter(each => each.tokens.length > 0 || isActive(each));
     all.sort((a, b) => b.handle - a.handle);
-    const active = all.filter(isActive).slice(0, MAX_ROWS);
-    const group = all[0];
-    const recent =
-      active.length > 0
-        ? active
-        : all.filter(each => each === group || (group.event && each.event?.arrival_ns === group.event.arrival_ns));
-    const shown = new Set(recent.slice(0, MAX_ROWS));
-    for (const each of all) {
-      if (shown.size >= Math.min(MAX_ROWS, Math.max(3, recent.length))) {
-        break;
-      }
-      shown.add(each);
-    }
-    return [...shown].sort((a, b) => b.handle - a.handle);
+    const burst = all[0]?.event?.arrival_ns;
+    const wanted = (each: RequestRecord) => isActive(each) || (burst !== undefined && each.event?.arrival_ns === burst);
+    const shown = [...all.filter(wanted), ...all.filter(each => !wanted(each)).slice(0, 3)];
+    const count = Math.max(3, all.filter(wanted).length);
+    return shown.slice(0, Math.min(MAX_ROWS, count)).sort((a, b) => b.handle - a.handle);
   }
 
   private makeRow(handle: number): Row {
@@ -172,7 +172,8 @@ export class TokenStrip implements View {
       tokens: [],
       next: 0,
       lastEpoch: null,
-      follow: true
+      follow: true,
+      grown: false
     };
     text.addEventListener('mouseover', event => {
       const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
@@ -240,9 +241,7 @@ export class TokenStrip implements View {
         row.folded.hidden = false;
         setText(row.folded, trans.__('… %1 earlier tokens ', row.tokens[0].index));
       }
-      if (row.follow) {
-        row.text.scrollTop = row.text.scrollHeight;
-      }
+      row.grown = true;
     }
   }
 
