@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from inference_server import discovery, launch
 from inference_server.discovery import ServerFile
@@ -114,6 +113,8 @@ def serve(
     except (ServeError, SettingsError) as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:  # Ctrl-C is how a person stops it: no news
+        raise typer.Exit(130) from None
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -153,17 +154,15 @@ def status() -> None:
     if not servers:
         _out.print("No server is running. Start one with: inference-workbench serve")
         raise typer.Exit(1)
-    table = Table("pid", "where", "started by", "up", "version", "engine")
     for server in servers:
-        table.add_row(
-            str(server.pid),
-            server.uds or f"{server.url}/?token={server.token}",
-            server.origin,
-            _duration(time.time() - server.started),
-            server.version,
-            _engine_state(server),
+        where = f"the Unix socket {server.uds}" if server.uds else f"{server.url}/?token={server.token}"
+        up = _duration(time.time() - server.started)
+        _out.print(where, markup=False)  # a line of its own and whole, to be copied
+        _out.print(
+            f"    engine {_engine_state(server)}, pid {server.pid}, up {up}, version {server.version}, "
+            f"started by {server.origin}",
+            markup=False,
         )
-    _out.print(table)
 
 
 @app.command()
