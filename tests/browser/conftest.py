@@ -66,7 +66,9 @@ def page(browser: Browser, complaints: list[str]) -> Iterator[Page]:
     page = context.new_page()
     page.on(
         "console",
-        lambda message: complaints.append(f"{message.text} {message.location['url']}") if message.type == "error" else None,
+        lambda message: (
+            complaints.append(f"{message.text} {message.location['url']}") if message.type == "error" else None
+        ),
     )
     page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
     yield page

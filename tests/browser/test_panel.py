@@ -69,7 +69,9 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     expect(result).to_contain_text(re.compile(r"applied in [\d.]+ (µs|ms)"))
     wait_tokens(page, 95)
     toggle.click()
-    expect(result).to_contain_text(re.compile(r"caught up after [\d.]+ (ms|s), 1 request recomputed \d+ tokens"), timeout=30_000)
+    expect(result).to_contain_text(
+        re.compile(r"caught up after [\d.]+ (ms|s), 1 request recomputed \d+ tokens"), timeout=30_000
+    )
     finished(workbench)
     assert produced(workbench)[0] == 150
     expect(workbench.locator(".iw-row").first.locator(".iw-switch-mark")).to_have_text(["kv_cache off", "kv_cache on"])
