@@ -1,4 +1,4 @@
-"""The command line: ``inference-workbench serve | status | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | status | stop``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from inference_server import discovery
+from inference_server import discovery, launch
 from inference_server.discovery import ServerFile
 from inference_server.version import distribution_version
 
@@ -112,6 +112,36 @@ def serve(
     try:
         run(settings_from({name: value for name, value in given.items() if value is not None}))
     except (ServeError, SettingsError) as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(
+    context: typer.Context,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Insist on this port. [default: 8888, or the next free one]")
+    ] = None,
+) -> None:
+    """Fetch the model if necessary and open JupyterLab with the first lesson and the live views.
+
+    Further options go to JupyterLab, for example --no-browser.
+    """
+    try:
+        if os.environ.get("INFERENCE_WORKBENCH_MODEL", "default") == "default":
+            launch.fetch_default_model(_out)
+        launch.open_jupyterlab(_out, port, context.args)
+    except launch.LaunchError as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def fetch_model() -> None:
+    """Download and convert the default model, so that the first start does not have to."""
+    try:
+        _out.print(str(launch.fetch_default_model(_out)))
+    except launch.LaunchError as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
 
