@@ -45,6 +45,14 @@ test('first tokens are TTFT and later ones are ITL', () => {
   assert.equal(metrics.itlCount, 2);
 });
 
+test('a request that outlasts the window keeps its TTFT on the screen', () => {
+  const store = connected();
+  store.applyFrame(frame(1, [tokens(1, [1], 0, 300, 300), tokens(2, [1], 1, 20, 9000)]));
+  const metrics = store.metrics(1000 * MS);
+  assert.equal(metrics.ttftP50Ms, 300);
+  assert.equal(metrics.ttftCount, 0);
+});
+
 test('positions computed are summed by what they were for', () => {
   const store = connected();
   const mixed = {

@@ -62,7 +62,10 @@ def _environment(folder: Path) -> dict[str, str]:
     """Folders of its own, and the checkout's code and extension unless the project is installed."""
     env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "JUPYTER_DATA_DIR": str(folder / "data")}
     env |= {"JUPYTER_CONFIG_DIR": str(folder / "config"), "IPYTHONDIR": str(folder / "ipython")}
-    env |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
+    env |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+    }
     # The page needs a core of its own: two spinning engine threads would starve a two-core machine.
     env.setdefault("INFERENCE_WORKBENCH_THREADS", "1")
     installed = find_spec("inference_workbench")

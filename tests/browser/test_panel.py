@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import httpx
-from jupyterlab import JupyterLab
+from jupyterlab import JupyterLab, running_jupyterlab
 from playwright.sync_api import Page, expect
 from workbench_page import (
     READY_MS,
@@ -69,7 +72,9 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     expect(result).to_contain_text(re.compile(r"applied in [\d.]+ (µs|ms)"))
     wait_tokens(page, 95)
     toggle.click()
-    expect(result).to_contain_text(re.compile(r"caught up after [\d.]+ (ms|s), 1 request recomputed \d+ tokens"), timeout=30_000)
+    expect(result).to_contain_text(
+        re.compile(r"caught up after [\d.]+ (ms|s), 1 request recomputed \d+ tokens"), timeout=30_000
+    )
     finished(workbench)
     assert produced(workbench)[0] == 150
     expect(workbench.locator(".iw-row").first.locator(".iw-switch-mark")).to_have_text(["kv_cache off", "kv_cache on"])
@@ -210,3 +215,17 @@ def test_the_status_bar_says_how_the_server_is(page: Page, lab: JupyterLab) -> N
     item.click()
     wait_ready(page)
     expect(item).to_contain_text("Inference: idle", timeout=10_000)
+
+
+def test_the_panel_says_when_jupyterlab_itself_is_gone(page: Page, complaints: list[str]) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="iw-"))
+    with running_jupyterlab(folder) as lab:
+        open_lab(page, lab)
+        page.locator(".iw-status-item-button").click()
+        status = page.locator(".iw-status")
+        expect(status).to_have_attribute("data-connection", "connected", timeout=READY_MS)
+        lab.process.kill()
+        expect(status).to_have_attribute("data-connection", "waiting", timeout=10_000)
+        expect(page.locator(".iw-message")).to_contain_text("JupyterLab’s server does not answer", timeout=10_000)
+    shutil.rmtree(folder, ignore_errors=True)
+    complaints.clear()

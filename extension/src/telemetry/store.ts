@@ -75,7 +75,9 @@ export interface Metrics {
   itlP50Ms: number | null;
   itlP95Ms: number | null;
   itlCount: number;
+  /** Of the requests that began within the window, or, if none did, of the newest one. */
   ttftP50Ms: number | null;
+  /** How many began within the window. */
   ttftCount: number;
   /** used blocks / total blocks. */
   kvBlocks: number | null;
@@ -126,6 +128,7 @@ export class TelemetryStore {
   private readonly listeners = new Set<() => void>();
   private stepByNumber = new Map<number, StepRecord>();
   private waitingForStep = new Map<number, TokenRecord[]>();
+  private newestFirstToken: TokenRecord | null = null;
   private nextSerial = 1;
   private lastSeq: number | null = null;
   private metricsCache: { version: number; windowNs: number; value: Metrics } | null = null;
@@ -161,6 +164,7 @@ export class TelemetryStore {
     this.tokens.clear();
     this.stepByNumber = new Map();
     this.waitingForStep = new Map();
+    this.newestFirstToken = null;
     this.requests.clear();
     this.epochs.clear();
     this.lastSeq = snapshot.seq;
@@ -249,6 +253,8 @@ export class TelemetryStore {
         outputRate = (count - opening) / ((newest.sentNs - oldest) / 1e9);
       }
     }
+    // A request that outlasts the window still has its TTFT: that of the newest one stands until there is another.
+    const lastTtft = ttft.length === 0 ? this.newestFirstToken : null;
     const [itlP50Ms, itlP95Ms] = percentiles(itl, [0.5, 0.95]);
     const [ttftP50Ms] = percentiles(ttft, [0.5]);
     const active = this.activeRequests;
@@ -260,7 +266,7 @@ export class TelemetryStore {
       itlP50Ms,
       itlP95Ms,
       itlCount: itl.length,
-      ttftP50Ms,
+      ttftP50Ms: lastTtft === null ? ttftP50Ms : lastTtft.latencyNs / 1e6,
       ttftCount: ttft.length,
       kvBlocks: kv ? (released ? 0 : kv.used_blocks / Math.max(1, kv.total_blocks)) : null,
       kvSlots: kv ? (released ? 0 : kv.filled_slots / Math.max(1, kv.total_blocks * kv.block_size)) : null,
@@ -348,6 +354,9 @@ export class TelemetryStore {
         request.forgotten += excess;
       }
       this.tokens.push(token);
+      if (token.index === 0) {
+        this.newestFirstToken = token;
+      }
       this.newestSentNs = Math.max(this.newestSentNs ?? 0, token.sentNs);
     }
     if (this.waitingForStep.size > 1000) {

@@ -71,12 +71,15 @@ export class PaintLoop {
     } else if (this.timer === null) {
       // What comes when the interval is over is painted at once, and is fresh; the timer, a little later than that, is
       // for what nothing follows.
-      this.timer = setTimeout(() => {
-        this.timer = null;
-        if (this.dirty) {
-          this.request();
-        }
-      }, interval - since + GRACE_MS);
+      this.timer = setTimeout(
+        () => {
+          this.timer = null;
+          if (this.dirty) {
+            this.request();
+          }
+        },
+        interval - since + GRACE_MS
+      );
     }
   };
 

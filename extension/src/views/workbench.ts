@@ -102,8 +102,8 @@ export class Workbench {
         { class: 'iw-body' },
         tiles.element,
         prompt.element,
-        this.switchboard.element,
         strip.element,
+        this.switchboard.element,
         h(
           'div',
           { class: 'iw-plots-area' },
