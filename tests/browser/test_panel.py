@@ -188,7 +188,8 @@ def test_the_teaching_address_opens_the_lesson_beside_the_panel(page: Page, lab:
     notebook = page.locator(".jp-NotebookPanel")
     expect(notebook).to_be_visible(timeout=30_000)
     left, right = notebook.bounding_box(), panel.bounding_box()
-    assert left and right
+    assert left is not None
+    assert right is not None
     assert left["x"] + left["width"] <= right["x"]
 
 

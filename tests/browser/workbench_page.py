@@ -62,6 +62,7 @@ def wait_tokens(page: Page, count: int, timeout_s: float = 120) -> None:
     page.wait_for_function(
         "count => (document.querySelector('.iw-row-text')?.querySelectorAll('.iw-token').length ?? 0) >= count",
         arg=count,
+        polling=200,  # milliseconds; the default asks at every animation frame and would slow what is measured
         timeout=timeout_s * 1000,
     )
 
