@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running_front import SCRIPTED, RunningFront, running
+from bpe_tokenizer import train_tokenizer
+from running_front import RunningFront, running, scripted_command
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer of the tiny model without the model: byte-level BPE, trained on the spot."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    import tiny_model
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(tiny_model.CORPUS, trainer)
-    tokenizer.add_tokens(["<tool>", "naïve 東京"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "bos_token": {"__type": "AddedToken", "content": "<|im_start|>"},
-        "eos_token": "<|im_end|>",
-        "chat_template": tiny_model.CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
+    """Folder with a byte-level BPE tokenizer and a chat template."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -47,12 +23,13 @@ def scripted(tmp_path: Path, tokenizer_folder: Path) -> Iterator[Callable[..., R
     with contextlib.ExitStack() as stack:
 
         def start(behaviour: str = "good", *, options: tuple[str, ...] = (), **settings: object) -> RunningFront:
-            engine_options = ("after", "step_s", "load_s", "clock_ahead_s", "once")
-            command = [sys.executable, str(SCRIPTED), "--tokenizer", str(tokenizer_folder), "--behaviour", behaviour]
-            for name in engine_options:
-                if name in settings:
-                    command += [f"--{name.replace('_', '-')}", str(settings.pop(name))]
-            environment = {"INFERENCE_WORKBENCH_ENGINE_COMMAND": json.dumps(command)}
+            engine_options = {
+                name: settings.pop(name)
+                for name in ("after", "step_s", "load_s", "clock_ahead_s", "once")
+                if name in settings
+            }
+            command = scripted_command(tokenizer_folder, behaviour, **engine_options)
+            environment = {"INFERENCE_WORKBENCH_ENGINE_COMMAND": command}
             environment |= {f"INFERENCE_WORKBENCH_{name.upper()}": str(value) for name, value in settings.items()}
             return stack.enter_context(running(tmp_path, environment, *options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,14 @@ class RunningFront:
         finally:
             self.process.kill()
             self.process.wait()
+
+
+def scripted_command(tokenizer: Path, behaviour: str, **options: object) -> str:
+    """Return the setting that makes a front run the scripted engine."""
+    command = [sys.executable, str(SCRIPTED), "--tokenizer", str(tokenizer), "--behaviour", behaviour]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    return json.dumps(command)
 
 
 @contextlib.contextmanager

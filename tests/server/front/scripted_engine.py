@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -55,16 +56,18 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.01)
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--clock-ahead-s", type=float, default=0.0)
-    parser.add_argument("--once", help="a file: where it exists, behave well; where not, make it and misbehave")
+    parser.add_argument(
+        "--once", type=Path, help="a file: where it exists, behave well; where not, make it and misbehave"
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--receive", required=True)
     parser.add_argument("--send", required=True)
     options = parser.parse_args()
     if options.once:
-        if os.path.exists(options.once):
+        if options.once.exists():
             options.behaviour = "good"
         else:
-            open(options.once, "w").close()
+            options.once.touch()
     if options.behaviour == "traceback":
         raise ImportError("libmissing.so: cannot open shared object file")
     ScriptedEngine(options).run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import httpx
 import pytest
 from running_front import TOKEN, RunningFront
@@ -109,3 +111,18 @@ def test_the_token_is_in_no_log(front: RunningFront) -> None:
     said = [line for line in front.log.read_text().splitlines() if TOKEN in line]
     assert said == [f"    {front.url}/?token={TOKEN}"]  # the address that is shown to the person who started it
     assert TOKEN not in front.engine_output()
+
+
+def test_a_page_of_an_allowed_origin_passes_the_browsers_preflight(
+    scripted: Callable[..., RunningFront],
+) -> None:
+    front = scripted(options=("--allow-origin", "https://lab.example"))
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    with httpx.Client(base_url=front.url) as page:
+        allowed = page.options("/v1/completions", headers={"Origin": "https://lab.example", **asked})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://lab.example"
+        refused = page.options("/v1/completions", headers={"Origin": "https://evil.example", **asked})
+        assert "access-control-allow-origin" not in refused.headers
+    assert front.http.get("/info", headers={"Origin": "https://lab.example"}).status_code == 200
+    assert front.http.get("/info", headers={"Origin": "https://evil.example"}).status_code == 403

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from running_front import RunningFront, gone
+from running_front import RunningFront, gone, scripted_command
 
 Start = Callable[..., RunningFront]
 LONG = {"model": "scripted", "prompt": [70, 71, 72], "max_tokens": 5000}
@@ -78,7 +78,7 @@ def test_an_engine_that_dies_again_and_again_is_given_up_until_somebody_restarts
 def test_an_engine_that_goes_silent_is_killed_and_replaced(scripted: Start, tmp_path: Path) -> None:
     front = scripted("goes-silent", after=2, once=tmp_path / "was-here", engine_silence_s=1.5)
     pid = front.wait_for_engine("ready")["pid"]
-    with pytest.raises(openai.APIError, match="no sign of life for 1.5 s"):
+    with pytest.raises(openai.APIError, match=r"no sign of life for 1\.5 s"):
         front.client.completions.create(**LONG)
     assert gone(pid)
     assert front.client.completions.create(**LONG | {"max_tokens": 3}).choices[0].text
@@ -165,16 +165,14 @@ def test_killing_the_front_leaves_no_engine(scripted: Start) -> None:
 
 def test_killing_whoever_started_the_front_leaves_neither(tmp_path: Path, tokenizer_folder: Path) -> None:
     """As a JupyterLab or a kernel would: the front ends with it, and the engine with the front."""
-    import json
     import time
 
-    from running_front import SCRIPTED
-
-    command = json.dumps([sys.executable, str(SCRIPTED), "--tokenizer", str(tokenizer_folder)])
+    command = scripted_command(tokenizer_folder, "good")
     starter = textwrap.dedent(
         """
         import subprocess, sys, time
-        print(subprocess.Popen([sys.executable, "-m", "inference_server.cli", "serve", "--uds", sys.argv[1]]).pid, flush=True)
+        command = [sys.executable, "-m", "inference_server.cli", "serve", "--uds", sys.argv[1]]
+        print(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).pid, flush=True)
         time.sleep(60)
         """
     )

@@ -150,6 +150,8 @@ def test_a_wrong_completion_request_is_told_what_is_wrong(
         ({"messages": [{"content": "no role"}]}, 422, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
         ({"top_logprobs": 3}, 422, "top_logprobs"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"response_format": {"type": "json_schema"}}, 422, "response_format"),
     ],
 )
 def test_a_wrong_chat_request_names_the_field(front: RunningFront, extra: dict, status: int, param: str) -> None:
@@ -160,6 +162,7 @@ def test_a_wrong_chat_request_names_the_field(front: RunningFront, extra: dict, 
 
 def test_fields_that_change_nothing_are_tolerated(front: RunningFront) -> None:
     extra = {"user": "me", "store": False, "metadata": {"a": "b"}, "parallel_tool_calls": True, "unknown_field": 1}
+    extra |= {"tool_choice": "auto", "chat_template_kwargs": {"messages": [], "tools": 1, "self": 2}}
     answer = front.http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1} | extra)
     assert answer.status_code == 200, answer.text
 

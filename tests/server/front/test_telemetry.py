@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +44,8 @@ class Client:
     def hear(self, within_s: float = 10) -> ServerMessage:
         return msgspec.msgpack.decode(self.socket.recv(within_s), type=ServerMessage)
 
-    def subscribe(self, credits: int = 100, **options: int) -> Snapshot:
-        self.say(Subscribe(protocol=PROTOCOL_VERSION, credits=credits, **options))
+    def subscribe(self, credit: int = 100, **options: int) -> Snapshot:
+        self.say(Subscribe(protocol=PROTOCOL_VERSION, credits=credit, **options))
         snapshot = self.hear()
         assert isinstance(snapshot, Snapshot)
         return snapshot
@@ -64,7 +65,9 @@ class Client:
 
 @contextlib.contextmanager
 def telemetry(front: RunningFront) -> Iterator[Client]:
-    with connect(f"{front.url.replace('http', 'ws')}/telemetry?token={TOKEN}", max_size=10 << 20) as socket:
+    with connect(
+        f"{front.url.replace('http', 'ws')}/telemetry?token={TOKEN}", max_size=10 << 20, close_timeout=0.2
+    ) as socket:
         yield Client(socket)
 
 
@@ -104,7 +107,7 @@ def test_every_token_of_a_request_is_told_with_its_step_and_its_time(front: Runn
     events = [event for frame in frames for event in frame.events]
     states = [event for event in events if isinstance(event, RequestEvent)]
     handle = states[0].request
-    assert [s.state for s in states if s.state in {"queued", "running", "finished"}][0] == "queued"
+    assert states[0].state == "queued"
     last = states[-1]
     assert (last.state, last.output_tokens, last.prompt_tokens, last.finish_reason) == ("finished", 30, 3, "length")
     tokens = [
@@ -124,7 +127,7 @@ def test_every_token_of_a_request_is_told_with_its_step_and_its_time(front: Runn
     assert last.first_token_ns == sent[0]
     latencies = [latency for *_, latency in tokens]
     assert latencies[0] == sent[0] - last.arrival_ns
-    assert latencies[1:] == [b - a for a, b in zip(sent, sent[1:], strict=False)]
+    assert latencies[1:] == [b - a for a, b in itertools.pairwise(sent)]
     steps = {event.step: event for event in events if isinstance(event, StepEvent)}
     for step, _, _, sent_ns, _ in tokens:
         assert handle in steps[step].request
@@ -148,7 +151,7 @@ def test_no_more_frames_come_than_there_are_credits(scripted: Start) -> None:
     front = scripted(step_s=0.002)
     front.wait_for_engine("ready")
     with telemetry(front) as client:
-        client.subscribe(credits=2)
+        client.subscribe(credit=2)
         list(generate(front, "credits", 50))
         assert [client.hear().seq, client.hear().seq] == [1, 2]
         with pytest.raises(TimeoutError):
@@ -165,7 +168,7 @@ def test_a_client_that_lags_far_behind_gets_the_newest_and_is_told_what_it_misse
     front = scripted(step_s=0.0, log_events=200)
     front.wait_for_engine("ready")
     with telemetry(front) as client:
-        client.subscribe(credits=0)
+        client.subscribe(credit=0)
         list(generate(front, "early", 300))
         list(generate(front, "late", 300))
         client.say(Credit(100))
@@ -192,8 +195,7 @@ def test_a_client_that_does_not_read_delays_no_token_and_costs_no_memory(scripte
     with contextlib.ExitStack() as stack:
         for _ in range(5):
             client = stack.enter_context(telemetry(front))
-            client.subscribe(credits=10**9)
-            client.socket.transport = None if not hasattr(client.socket, "transport") else client.socket.transport
+            client.subscribe(credit=10**9)
         begin = time.monotonic()
         list(generate(front, "watched", 500))
         watched = time.monotonic() - begin

@@ -1,4 +1,4 @@
-"""Text in and out: incremental decoding against decoding whole, stop strings, and chat templates against transformers."""
+"""Text in and out: incremental decoding against decoding whole, stop strings, and chat templates."""
 
 from __future__ import annotations
 
@@ -123,17 +123,19 @@ def test_a_stop_string_is_found_however_the_text_is_cut(text: str, stops: list[s
     assert stopped == (expected != text)
 
 
-TEMPLATES = [
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}\n<<SYS>> {{ m.content | trim }}\n"
-    "    {% else %}\n[{{ loop.index0 }}] {{ m.content }}{{ eos_token }}\n    {%- endif %}\n{%- endfor %}",
-    "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{% set ns = namespace(n=0) %}"
-    "{% for m in messages %}{% if m.content is not defined %}{% continue %}{% endif %}"
+    "blocks on lines of their own": "{{ bos_token }}{%- for m in messages %}\n    {%- if m.role == 'system' %}\n"
+    "<<SYS>> {{ m.content | trim }}\n    {% else %}\n[{{ loop.index0 }}] {{ m.content }}{{ eos_token }}\n"
+    "    {%- endif %}\n{%- endfor %}",
+    "filters, namespace, loop controls, date": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}"
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.content is not defined %}{% continue %}{% endif %}"
     "{% set ns.n = ns.n + m.content | length %}{% endfor %}{{ ns.n }} {{ strftime_now('%Y') }}",
-    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ m.name or '' }}{% endfor %}"
-    "{% if tools %}tools{% endif %}{{ enable_thinking | default('unset') }}{{ dict(a=1) }}",
-]
+    "generation tag and absent variables": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{{ m.name or '' }}{% endfor %}{% if tools %}tools{% endif %}{{ enable_thinking | default('unset') }}"
+    "{{ dict(a=1) }}",
+}
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi <b>there</b> & 'you'"}],
     [
@@ -145,7 +147,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_a_chat_template_renders_as_in_transformers(
     tokenizer_folder: Path, template: str, conversation: list[dict]
@@ -161,7 +163,7 @@ def test_a_chat_template_renders_as_in_transformers(
             expected = oracle.apply_chat_template(
                 conversation, chat_template=template, add_generation_prompt=prompt, tokenize=False, **variables
             )
-            assert ours.render(conversation, add_generation_prompt=prompt, **variables) == expected
+            assert ours.render(conversation, add_generation_prompt=prompt, variables=variables) == expected
 
 
 def test_the_ids_of_a_chat_are_those_of_transformers(tokenizer_folder: Path, tokenizer: ModelTokenizer) -> None:
