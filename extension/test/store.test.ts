@@ -90,6 +90,22 @@ test('a new server’s handles are not mixed with the old one’s', () => {
   assert.match(store.feed.at(-1)!.text, /new server/);
 });
 
+test('why the engine died is remembered while it comes back, and forgotten once a request has succeeded', () => {
+  const store = connected();
+  const engine = snapshot('a').engine;
+  store.applyFrame(frame(1, [{ ...engine, state: 'restarting', message: 'It was killed by SIGKILL. See the log.' }]));
+  store.applyFrame(
+    frame(2, [
+      { ...engine, state: 'loading' },
+      { ...engine, state: 'ready' }
+    ])
+  );
+  store.applySnapshot(snapshot('a'));
+  assert.match(store.failure!.message, /SIGKILL/);
+  store.applyFrame(frame(1, [request(1, 'finished', 3)]));
+  assert.equal(store.failure, null);
+});
+
 test('a restarted engine’s step numbers begin a new series', () => {
   const store = connected();
   store.applyFrame(frame(1, [step(40, [1], Kind.Decode), step(41, [1], Kind.Decode)]));

@@ -1,4 +1,4 @@
-"""Starts a real JupyterLab with the built extension, its own folders and a free port. Owns its process and its files."""
+"""Starts a real JupyterLab with the built extension, its own folders and a free port. Owns its process and files."""
 
 from __future__ import annotations
 

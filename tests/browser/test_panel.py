@@ -139,7 +139,7 @@ def test_a_killed_engine_is_explained_and_comes_back_by_itself(
     os.kill(lab.engine_pid(), signal.SIGKILL)
     status = workbench.locator(".iw-status")
     expect(status).to_have_attribute("data-level", re.compile("bad|busy"), timeout=10_000)
-    expect(workbench.locator(".iw-message")).to_be_visible()
+    expect(workbench.locator(".iw-message")).to_contain_text("SIGKILL")
     expect(workbench.locator(".iw-prompt .iw-refusal")).not_to_be_empty(timeout=15_000)
     expect(workbench.locator(".iw-feed-error").first).to_be_visible()
     expect(workbench.locator(".iw-row").first).to_have_attribute("data-state", "failed")

@@ -109,6 +109,8 @@ export class TelemetryStore {
   version = 0;
   server: ServerInfo | null = null;
   engine: EngineEvent | null = null;
+  /** The engine's last death, until a request has succeeded since: what a person wants to know while it comes back. */
+  failure: EngineEvent | null = null;
   model: ModelInfo | null = null;
   capacity: Capacity | null = null;
   specs: FeatureSpec[] = [];
@@ -150,6 +152,7 @@ export class TelemetryStore {
   applySnapshot(snapshot: Snapshot): void {
     const sameServer = this.server?.instance === snapshot.server.instance;
     if (this.server !== null && !sameServer) {
+      this.failure = null;
       this.note('connection', 'Connected to a new server: what the old one measured is gone.', snapshot.now_ns);
     }
     const previous = this.requests;
@@ -367,6 +370,9 @@ export class TelemetryStore {
   private takeRequest(event: RequestEvent, live: boolean): void {
     const before = this.requests.get(event.request)?.event?.state;
     this.request(event.request).event = event;
+    if (event.state === 'finished' && live) {
+      this.failure = null;
+    }
     if (live && before !== event.state && event.state !== 'queued' && event.state !== 'running') {
       this.tell({ kind: event.state === 'failed' ? 'error' : 'request', atNs: event.at_ns, event });
     }
@@ -388,6 +394,9 @@ export class TelemetryStore {
   private takeEngine(event: EngineEvent, live: boolean): void {
     const before = this.engine;
     this.engine = event;
+    if ((event.state === 'failed' || event.state === 'restarting') && event.message !== '') {
+      this.failure = event;
+    }
     if (event.state === 'starting' || event.state === 'restarting') {
       this.waitingForStep.clear();
     }
