@@ -36,13 +36,16 @@ def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
 
 
 def generate(workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None) -> None:
-    """Choose a preset, change its length, and press Generate."""
+    """Choose a preset, change its length, press Generate, and wait until the request is there."""
+    rows = workbench.locator(".iw-row")
+    newest = rows.first.get_attribute("data-request") if rows.count() else "none"
     workbench.locator(f"[data-preset={preset}]").click()
     numbers = workbench.locator(".iw-prompt .iw-number")
     numbers.nth(0).fill(str(tokens))
     if parallel is not None:
         numbers.nth(2).fill(str(parallel))
     workbench.locator("[data-action=generate]").click()
+    expect(rows.first).not_to_have_attribute("data-request", newest or "none", timeout=READY_MS)
 
 
 def finished(workbench: Locator, timeout_s: float = 120) -> None:

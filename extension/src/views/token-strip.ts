@@ -163,7 +163,12 @@ export class TokenStrip implements View {
     text.append(folded);
     const row: Row = {
       handle,
-      element: h('div', { class: 'iw-row' }, h('div', { class: 'iw-row-head' }, title, facts), text),
+      element: h(
+        'div',
+        { class: 'iw-row', attrs: { 'data-request': handle } },
+        h('div', { class: 'iw-row-head' }, title, facts),
+        text
+      ),
       title,
       facts,
       text,
