@@ -17,7 +17,14 @@ CELLS = (
 
 def write_notebook(lab: JupyterLab, name: str) -> None:
     cells = [
-        {"cell_type": "code", "id": f"cell{at}", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
+        {
+            "cell_type": "code",
+            "id": f"cell{at}",
+            "source": source,
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+        }
         for at, source in enumerate(CELLS)
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -30,7 +37,9 @@ def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, 
     page.goto(lab.page("lab/tree/widget.ipynb", reset=""))
     notebook = page.locator(".jp-NotebookPanel")
     expect(notebook.locator(".jp-Toolbar-kernelName")).to_contain_text("Python 3", timeout=LOADED_MS)
-    expect(notebook.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute("data-status", "idle", timeout=LOADED_MS)
+    expect(notebook.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute(
+        "data-status", "idle", timeout=LOADED_MS
+    )
     notebook.locator(".jp-Cell").first.click()
     page.keyboard.press("Shift+Enter")
     widget = wait_ready(page, ".iw-widget")
