@@ -45,6 +45,14 @@ test('first tokens are TTFT and later ones are ITL', () => {
   assert.equal(metrics.itlCount, 2);
 });
 
+test('a request that outlasts the window keeps its TTFT on the screen', () => {
+  const store = connected();
+  store.applyFrame(frame(1, [tokens(1, [1], 0, 300, 300), tokens(2, [1], 1, 20, 9000)]));
+  const metrics = store.metrics(1000 * MS);
+  assert.equal(metrics.ttftP50Ms, 300);
+  assert.equal(metrics.ttftCount, 0);
+});
+
 test('positions computed are summed by what they were for', () => {
   const store = connected();
   const mixed = {
@@ -80,6 +88,22 @@ test('a new server’s handles are not mixed with the old one’s', () => {
   store.applySnapshot(snapshot('b', [], [request(1, 'running')]));
   assert.equal(store.requests.get(1)!.tokens.length, 0);
   assert.match(store.feed.at(-1)!.text, /new server/);
+});
+
+test('why the engine died is remembered while it comes back, and forgotten once a request has succeeded', () => {
+  const store = connected();
+  const engine = snapshot('a').engine;
+  store.applyFrame(frame(1, [{ ...engine, state: 'restarting', message: 'It was killed by SIGKILL. See the log.' }]));
+  store.applyFrame(
+    frame(2, [
+      { ...engine, state: 'loading' },
+      { ...engine, state: 'ready' }
+    ])
+  );
+  store.applySnapshot(snapshot('a'));
+  assert.match(store.failure!.message, /SIGKILL/);
+  store.applyFrame(frame(1, [request(1, 'finished', 3)]));
+  assert.equal(store.failure, null);
 });
 
 test('a restarted engine’s step numbers begin a new series', () => {

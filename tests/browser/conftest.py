@@ -39,7 +39,8 @@ def lab(default_model: Path) -> Iterator[JupyterLab]:
     del default_model  # fetched before JupyterLab starts, so that no test waits for a download
     # A short path: the server's Unix socket lies below it, and such paths hold 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="iw-"))
-    with running_jupyterlab(folder) as running:
+    # Below a base URL, as JupyterHub has it: what works there works at the root.
+    with running_jupyterlab(folder, base_url="/user/ada/") as running:
         yield running
     shutil.rmtree(folder, ignore_errors=True)
 

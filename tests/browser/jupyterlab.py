@@ -1,4 +1,4 @@
-"""Starts a real JupyterLab with the built extension, its own folders and a free port. Owns its process and its files."""
+"""Starts a real JupyterLab with the built extension, its own folders and a free port. Owns its process and files."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _environment(folder: Path) -> dict[str, str]:
     }
     # The page needs a core of its own: two spinning engine threads would starve a two-core machine.
     env.setdefault("INFERENCE_WORKBENCH_THREADS", "1")
-    installed = find_spec("inference_workbench")
-    if installed and installed.origin and ROOT not in Path(installed.origin).parents and _PREFIX_EXTENSION.exists():
+    code = find_spec("inference_workbench")
+    if code and code.origin and ROOT / "workbench" not in Path(code.origin).parents and _PREFIX_EXTENSION.exists():
         return env
     built = ROOT / "workbench/inference_workbench/labextension"
     assert (built / "package.json").exists(), "The extension is not built: cd extension && jlpm build"

@@ -36,13 +36,16 @@ def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
 
 
 def generate(workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None) -> None:
-    """Choose a preset, change its length, and press Generate."""
+    """Choose a preset, change its length, press Generate, and wait until the request is there."""
+    rows = workbench.locator(".iw-row")
+    newest = rows.first.get_attribute("data-request") if rows.count() else "none"
     workbench.locator(f"[data-preset={preset}]").click()
     numbers = workbench.locator(".iw-prompt .iw-number")
     numbers.nth(0).fill(str(tokens))
     if parallel is not None:
         numbers.nth(2).fill(str(parallel))
     workbench.locator("[data-action=generate]").click()
+    expect(rows.first).not_to_have_attribute("data-request", newest or "none", timeout=READY_MS)
 
 
 def finished(workbench: Locator, timeout_s: float = 120) -> None:
@@ -62,6 +65,7 @@ def wait_tokens(page: Page, count: int, timeout_s: float = 120) -> None:
     page.wait_for_function(
         "count => (document.querySelector('.iw-row-text')?.querySelectorAll('.iw-token').length ?? 0) >= count",
         arg=count,
+        polling=200,  # milliseconds; the default asks at every animation frame and would slow what is measured
         timeout=timeout_s * 1000,
     )
 

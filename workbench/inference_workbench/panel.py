@@ -65,6 +65,7 @@ class Panel(anywidget.AnyWidget):
         self._flow = threading.Lock()
         self._commands = ThreadPoolExecutor(_PARALLEL_COMMANDS, thread_name_prefix="panel")
         super().__init__(**{**workbench.features.current(), **options})
+        self._let_the_page_choose()
         self.on_msg(self._on_message)
         self.observe(self._switch_was_set, names=list(specs))
         self._stop_listening = workbench.telemetry.listen(self._server_said)
@@ -79,6 +80,21 @@ class Panel(anywidget.AnyWidget):
             self._drop_socket()
             self._commands.shutdown(wait=False, cancel_futures=True)
         super().close()
+
+    def _send(self, msg: Any, buffers: Any = None) -> None:
+        super()._send(msg, buffers)
+        self._let_the_page_choose()
+
+    def _let_the_page_choose(self) -> None:
+        """Have the page's messages handled where the page asks: in a subshell, also while a cell runs.
+
+        ipykernel ≥ 7.4 instead hands them to the loop that sent on this comm last. That is the main one for everything
+        that our threads send, so acknowledgements and switches would wait for the end of the running cell (and after a
+        reopened page it would be a subshell that is gone).
+        """
+        comm: Any = self.comm
+        if comm is not None:
+            vars(comm).pop("_reply_subshell_id", None)
 
     # -- switches ----------------------------------------------------------------------------------------------------
 

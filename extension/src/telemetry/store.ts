@@ -75,7 +75,9 @@ export interface Metrics {
   itlP50Ms: number | null;
   itlP95Ms: number | null;
   itlCount: number;
+  /** Of the requests that began within the window, or, if none did, of the newest one. */
   ttftP50Ms: number | null;
+  /** How many began within the window. */
   ttftCount: number;
   /** used blocks / total blocks. */
   kvBlocks: number | null;
@@ -107,6 +109,8 @@ export class TelemetryStore {
   version = 0;
   server: ServerInfo | null = null;
   engine: EngineEvent | null = null;
+  /** The engine's last death, until a request has succeeded since: what a person wants to know while it comes back. */
+  failure: EngineEvent | null = null;
   model: ModelInfo | null = null;
   capacity: Capacity | null = null;
   specs: FeatureSpec[] = [];
@@ -126,6 +130,7 @@ export class TelemetryStore {
   private readonly listeners = new Set<() => void>();
   private stepByNumber = new Map<number, StepRecord>();
   private waitingForStep = new Map<number, TokenRecord[]>();
+  private newestFirstToken: TokenRecord | null = null;
   private nextSerial = 1;
   private lastSeq: number | null = null;
   private metricsCache: { version: number; windowNs: number; value: Metrics } | null = null;
@@ -147,6 +152,7 @@ export class TelemetryStore {
   applySnapshot(snapshot: Snapshot): void {
     const sameServer = this.server?.instance === snapshot.server.instance;
     if (this.server !== null && !sameServer) {
+      this.failure = null;
       this.note('connection', 'Connected to a new server: what the old one measured is gone.', snapshot.now_ns);
     }
     const previous = this.requests;
@@ -161,6 +167,7 @@ export class TelemetryStore {
     this.tokens.clear();
     this.stepByNumber = new Map();
     this.waitingForStep = new Map();
+    this.newestFirstToken = null;
     this.requests.clear();
     this.epochs.clear();
     this.lastSeq = snapshot.seq;
@@ -249,6 +256,8 @@ export class TelemetryStore {
         outputRate = (count - opening) / ((newest.sentNs - oldest) / 1e9);
       }
     }
+    // A request that outlasts the window still has its TTFT: that of the newest one stands until there is another.
+    const lastTtft = ttft.length === 0 ? this.newestFirstToken : null;
     const [itlP50Ms, itlP95Ms] = percentiles(itl, [0.5, 0.95]);
     const [ttftP50Ms] = percentiles(ttft, [0.5]);
     const active = this.activeRequests;
@@ -260,7 +269,7 @@ export class TelemetryStore {
       itlP50Ms,
       itlP95Ms,
       itlCount: itl.length,
-      ttftP50Ms,
+      ttftP50Ms: lastTtft === null ? ttftP50Ms : lastTtft.latencyNs / 1e6,
       ttftCount: ttft.length,
       kvBlocks: kv ? (released ? 0 : kv.used_blocks / Math.max(1, kv.total_blocks)) : null,
       kvSlots: kv ? (released ? 0 : kv.filled_slots / Math.max(1, kv.total_blocks * kv.block_size)) : null,
@@ -348,6 +357,9 @@ export class TelemetryStore {
         request.forgotten += excess;
       }
       this.tokens.push(token);
+      if (token.index === 0) {
+        this.newestFirstToken = token;
+      }
       this.newestSentNs = Math.max(this.newestSentNs ?? 0, token.sentNs);
     }
     if (this.waitingForStep.size > 1000) {
@@ -358,6 +370,9 @@ export class TelemetryStore {
   private takeRequest(event: RequestEvent, live: boolean): void {
     const before = this.requests.get(event.request)?.event?.state;
     this.request(event.request).event = event;
+    if (event.state === 'finished' && live) {
+      this.failure = null;
+    }
     if (live && before !== event.state && event.state !== 'queued' && event.state !== 'running') {
       this.tell({ kind: event.state === 'failed' ? 'error' : 'request', atNs: event.at_ns, event });
     }
@@ -379,6 +394,9 @@ export class TelemetryStore {
   private takeEngine(event: EngineEvent, live: boolean): void {
     const before = this.engine;
     this.engine = event;
+    if ((event.state === 'failed' || event.state === 'restarting') && event.message !== '') {
+      this.failure = event;
+    }
     if (event.state === 'starting' || event.state === 'restarting') {
       this.waitingForStep.clear();
     }

@@ -8,11 +8,24 @@ export function measuredBadge(trans: Translation, what: string, definition: stri
   const bubble = h('div', {
     class: 'iw-definition',
     text: definition,
-    attrs: { id, role: 'tooltip', hidden: true }
+    attrs: { id, role: 'tooltip', popover: 'manual' }
   });
   let pinned = false;
   const show = (visible: boolean) => {
-    bubble.hidden = !visible;
+    if (visible === bubble.matches(':popover-open')) {
+      return;
+    }
+    if (visible) {
+      // In the top layer, where no card or panel can clip it.
+      bubble.showPopover();
+      const mark = button.getBoundingClientRect();
+      const { width, height } = bubble.getBoundingClientRect();
+      const below = mark.bottom + 6 + height < window.innerHeight;
+      bubble.style.left = `${Math.max(8, Math.min(mark.left, window.innerWidth - width - 8))}px`;
+      bubble.style.top = `${below ? mark.bottom + 6 : mark.top - height - 6}px`;
+    } else {
+      bubble.hidePopover();
+    }
     button.setAttribute('aria-expanded', String(visible));
   };
   const button = h('button', {

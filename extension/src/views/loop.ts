@@ -7,6 +7,8 @@ import { pageNow } from '../telemetry/clock';
 import { Ring } from '../telemetry/ring';
 import { percentiles } from '../telemetry/statistics';
 
+const GRACE_MS = 50;
+
 export interface Painter {
   /** Draw what changed. */
   paint(): void;
@@ -67,13 +69,17 @@ export class PaintLoop {
       }
       this.frame = requestAnimationFrame(this.paint);
     } else if (this.timer === null) {
-      // Data that comes after the interval paints at once, and is fresh; the timer is for the last of a burst.
-      this.timer = setTimeout(() => {
-        this.timer = null;
-        if (this.dirty) {
-          this.request();
-        }
-      }, interval - since);
+      // What comes when the interval is over is painted at once, and is fresh; the timer, a little later than that, is
+      // for what nothing follows.
+      this.timer = setTimeout(
+        () => {
+          this.timer = null;
+          if (this.dirty) {
+            this.request();
+          }
+        },
+        interval - since + GRACE_MS
+      );
     }
   };
 

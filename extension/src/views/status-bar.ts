@@ -7,6 +7,7 @@ import type { EngineAction } from '../telemetry/connection';
 import { pageNow } from '../telemetry/clock';
 import type { PaintStats } from './loop';
 import type { View, ViewContext } from './view';
+import { firstSentence } from './words';
 
 type Level = 'good' | 'busy' | 'bad' | 'off';
 
@@ -115,8 +116,7 @@ export class StatusBar implements View {
     } else if (engine === null || engine.state === 'ready') {
       level = 'good';
       text = trans.__('Ready');
-      // After a restart the message says what happened; otherwise there is nothing to explain.
-      reason = engine && engine.restarts > 0 ? engine.message : '';
+      reason = store.failure ? trans.__('Back again after: %1', firstSentence(store.failure.message)) : '';
     } else if (engine.state === 'loading' || engine.state === 'starting') {
       level = 'busy';
       fraction = engine.fraction;
@@ -125,6 +125,9 @@ export class StatusBar implements View {
       reason = stage ? trans.__('Engine: %1', stage) : '';
       if (engine.stage && engine.message) {
         reason += ` · ${engine.message}`;
+      }
+      if (store.failure) {
+        reason = `${firstSentence(store.failure.message)} ${trans.__('It is being started again.')} ${reason}`;
       }
     } else if (engine.state === 'restarting') {
       level = 'bad';

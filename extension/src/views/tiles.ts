@@ -93,7 +93,11 @@ export class Tiles implements View {
     fill(this.ttft, metrics.ttftP50Ms, 'ms');
     setText(
       this.ttft.note,
-      metrics.ttftCount === 0 ? trans.__('p50 · none in the window') : trans.__('p50 of %1', metrics.ttftCount)
+      metrics.ttftCount > 0
+        ? trans.__('p50 of %1', metrics.ttftCount)
+        : metrics.ttftP50Ms === null
+          ? trans.__('no request yet')
+          : trans.__('newest request')
     );
     const used = metrics.kvBlocks ?? 0;
     const filled = metrics.kvSlots ?? 0;

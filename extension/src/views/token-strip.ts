@@ -10,7 +10,7 @@ import { HEAT_DARK, HEAT_LIGHT, LATENCY_EDGES_MS, latencyClass } from './colours
 import { h, setText, uniqueId } from './dom';
 import { duration } from './format';
 import type { View, ViewContext } from './view';
-import { changes, kindName } from './words';
+import { changes, firstSentence, kindName } from './words';
 
 const MAX_ROWS = 8;
 /** Older tokens of a row are folded away: thousands of elements would slow the page. */
@@ -163,7 +163,12 @@ export class TokenStrip implements View {
     text.append(folded);
     const row: Row = {
       handle,
-      element: h('div', { class: 'iw-row' }, h('div', { class: 'iw-row-head' }, title, facts), text),
+      element: h(
+        'div',
+        { class: 'iw-row', attrs: { 'data-request': handle } },
+        h('div', { class: 'iw-row-head' }, title, facts),
+        text
+      ),
       title,
       facts,
       text,
@@ -256,7 +261,7 @@ export class TokenStrip implements View {
         preempted: trans.__('preempted, catching up'),
         finished: event.finish_reason === 'length' ? trans.__('reached its limit') : trans.__('finished'),
         cancelled: trans.__('cancelled'),
-        failed: trans.__('failed: %1', event.error ?? '')
+        failed: trans.__('failed: %1', firstSentence(event.error ?? ''))
       };
       parts.push(states[event.state]);
       parts.push(trans.__('prompt %1', event.prompt_tokens));

@@ -89,3 +89,9 @@ export function kindName(kind: Kind, trans: Translation): string {
       return trans.__('verify');
   }
 }
+
+/** What a long message says first: the rest (a log's last lines, a path) is for the event feed. */
+export function firstSentence(text: string): string {
+  const end = /\.(\s|$)/.exec(text);
+  return end ? text.slice(0, end.index + 1) : text;
+}

@@ -102,8 +102,8 @@ export class Workbench {
         { class: 'iw-body' },
         tiles.element,
         prompt.element,
-        this.switchboard.element,
         strip.element,
+        this.switchboard.element,
         h(
           'div',
           { class: 'iw-plots-area' },
@@ -185,15 +185,23 @@ export class Workbench {
 
   private paint(): void {
     this.views.forEach(view => view.update());
-    // One plot at a time, the one that waited longest: three canvases in one frame would hold up the tokens.
+    this.paintPlot();
+  }
+
+  /**
+   * Paint one plot, the one that waited longest: three canvases in one frame would hold up the tokens. The others follow
+   * outside the loop, whose pace is for what has just arrived.
+   */
+  private paintPlot(): void {
     const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt)[0];
     due?.update();
-    // Plots repaint less often than the loop runs; the last data must still arrive in them.
     if (this.tail === null && this.plots.some(plot => plot.stale)) {
       this.tail = setTimeout(() => {
         this.tail = null;
-        this.loop.request();
-      }, 70);
+        if (!document.hidden && this.element.checkVisibility()) {
+          this.paintPlot();
+        }
+      }, 60);
     }
   }
 

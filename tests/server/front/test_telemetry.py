@@ -165,11 +165,11 @@ def test_no_more_frames_come_than_there_are_credits(scripted: Start) -> None:
 
 
 def test_a_client_that_lags_far_behind_gets_the_newest_and_is_told_what_it_missed(scripted: Start) -> None:
-    front = scripted(step_s=0.0, log_events=200)
+    front = scripted(step_s=0.0, log_events=1000)
     front.wait_for_engine("ready")
     with telemetry(front) as client:
         client.subscribe(credit=0)
-        list(generate(front, "early", 300))
+        list(generate(front, "early", 1500))
         list(generate(front, "late", 300))
         client.say(Credit(100))
         frames = client.frames_until(finished("late"))
@@ -179,7 +179,7 @@ def test_a_client_that_lags_far_behind_gets_the_newest_and_is_told_what_it_misse
     assert {e.id for e in events if isinstance(e, RequestEvent) and e.state == "finished"} == {"early", "late"}
     steps = [event.step for event in events if isinstance(event, StepEvent)]
     assert steps == sorted(steps)
-    assert steps[-1] == 599
+    assert steps[-1] == 1799
 
 
 def test_a_client_that_does_not_read_delays_no_token_and_costs_no_memory(scripted: Start) -> None:
