@@ -121,7 +121,7 @@ def test_a_switch_thrown_in_mid_generation_shows_as_a_second_epoch(wb):
         if index == 10:
             wb.features.kv_cache = False
 
-    run = wb.generate("hello", max_tokens=40, ignore_eos=True, stream=False, on_token=switch)
+    run = wb.generate("hello", max_tokens=600, ignore_eos=True, stream=False, on_token=switch)
     off = run.tokens[run.tokens["epoch"] == run.tokens["epoch"].max()]
     assert len(run.summary().epochs) == 2
     assert [event.changed for event in run.switches] == [["kv_cache"]]
@@ -138,7 +138,7 @@ def test_the_plot_draws_every_token_under_the_settings_it_was_made_with(wb):
         if index == 5:
             wb.features.kv_cache = False
 
-    run = wb.generate("hello", max_tokens=30, ignore_eos=True, stream=False, on_token=switch)
+    run = wb.generate("hello", max_tokens=600, ignore_eos=True, stream=False, on_token=switch)
     renderers = run.plot().renderers
     assert len(renderers) == 2
     drawn = np.concatenate([renderer.data_source.data["latency_ms"] for renderer in renderers])

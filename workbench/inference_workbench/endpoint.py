@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 import websockets.sync.client as websocket_client
-from inference_server.discovery import ServerFile
 
+from inference_server.discovery import ServerFile
 from inference_workbench.errors import RequestError, ServerGoneError
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -21,10 +21,10 @@ from typing import Protocol
 
 import httpx
 import msgspec
-from inference_server.discovery import ServerFile, list_servers
-from inference_server.lifetime import lifeline
 from jupyter_core.paths import jupyter_runtime_dir
 
+from inference_server.discovery import ServerFile, list_servers
+from inference_server.lifetime import lifeline
 from inference_workbench.endpoint import Endpoint, gone
 from inference_workbench.errors import ServerNotFoundError, ServerStartError
 from inference_workbench.sockets import new_socket_path

@@ -18,8 +18,8 @@ from logging import Logger, LoggerAdapter
 from pathlib import Path
 
 import aiohttp
-from inference_server.lifetime import Lifeline, lifeline
 
+from inference_server.lifetime import Lifeline, lifeline
 from inference_workbench.sockets import new_socket_path
 
 READY_TIMEOUT_S = 90.0
