@@ -7,7 +7,11 @@ import { pageNow } from '../telemetry/clock';
 import { Ring } from '../telemetry/ring';
 import { percentiles } from '../telemetry/statistics';
 
-const GRACE_MS = 50;
+/**
+ * How much longer than the interval data may wait for the next data to be painted with. While tokens stream, each painting
+ * is thereby set off by a token that has just arrived; only the last ones of a burst wait this long.
+ */
+const GRACE_MS = 150;
 
 export interface Painter {
   /** Draw what changed. */
@@ -47,41 +51,18 @@ export class PaintLoop {
     private rate: number
   ) {
     this.channel.port1.onmessage = () => this.onPainted();
-    document.addEventListener('visibilitychange', this.request);
+    document.addEventListener('visibilitychange', this.requestNow);
   }
 
   setRate(rate: number): void {
     this.rate = Math.min(60, Math.max(1, rate));
   }
 
-  /** Something changed: paint soon. */
-  readonly request = (): void => {
-    this.dirty = true;
-    if (this.frame !== null || document.hidden || !this.painter.visible()) {
-      return;
-    }
-    const interval = 1000 / this.rate;
-    const since = pageNow() - this.lastPaint;
-    if (since >= interval) {
-      if (this.timer !== null) {
-        clearTimeout(this.timer);
-        this.timer = null;
-      }
-      this.frame = requestAnimationFrame(this.paint);
-    } else if (this.timer === null) {
-      // What comes when the interval is over is painted at once, and is fresh; the timer, a little later than that, is
-      // for what nothing follows.
-      this.timer = setTimeout(
-        () => {
-          this.timer = null;
-          if (this.dirty) {
-            this.request();
-          }
-        },
-        interval - since + GRACE_MS
-      );
-    }
-  };
+  /** Data came: paint it at once if the last painting was long enough ago, else with what comes next. */
+  readonly request = (): void => this.schedule(GRACE_MS);
+
+  /** The reader did something: paint as soon as the rate allows. */
+  readonly requestNow = (): void => this.schedule(0);
 
   stats(): PaintStats {
     const values = this.latencies.last(this.latencies.length);
@@ -105,11 +86,40 @@ export class PaintLoop {
     if (this.frame !== null) {
       cancelAnimationFrame(this.frame);
     }
+    this.clearTimer();
+    this.channel.port1.close();
+    document.removeEventListener('visibilitychange', this.requestNow);
+  }
+
+  private schedule(graceMs: number): void {
+    this.dirty = true;
+    if (this.frame !== null || document.hidden || !this.painter.visible()) {
+      return;
+    }
+    const interval = 1000 / this.rate;
+    const since = pageNow() - this.lastPaint;
+    if (since >= interval) {
+      this.clearTimer();
+      this.frame = requestAnimationFrame(this.paint);
+    } else if (this.timer === null || graceMs === 0) {
+      this.clearTimer();
+      this.timer = setTimeout(
+        () => {
+          this.timer = null;
+          if (this.dirty) {
+            this.schedule(0);
+          }
+        },
+        interval - since + graceMs
+      );
+    }
+  }
+
+  private clearTimer(): void {
     if (this.timer !== null) {
       clearTimeout(this.timer);
+      this.timer = null;
     }
-    this.channel.port1.close();
-    document.removeEventListener('visibilitychange', this.request);
   }
 
   private readonly paint = (): void => {

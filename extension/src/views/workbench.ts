@@ -129,15 +129,15 @@ export class Workbench {
     this.setWindow(options.windowSeconds ?? 30);
     this.stops.push(
       store.onChange(this.loop.request),
-      connection.onStatus(this.loop.request),
+      connection.onStatus(this.loop.requestNow),
       watchTheme(() => this.restyle())
     );
-    const seen = new IntersectionObserver(() => this.loop.request());
+    const seen = new IntersectionObserver(() => this.loop.requestNow());
     seen.observe(this.element);
     this.stops.push(() => seen.disconnect());
     // Colours come from CSS, which applies once the element is in the page.
     requestAnimationFrame(() => this.restyle());
-    this.loop.request();
+    this.loop.requestNow();
   }
 
   setRepaintRate(rate: number): void {
@@ -150,12 +150,12 @@ export class Workbench {
       button.setAttribute('aria-pressed', String(Number(button.dataset.window) === seconds));
     }
     this.connection.store.version += 1;
-    this.loop.request();
+    this.loop.requestNow();
   }
 
   /** Draw soon: the view may have become visible. */
   refresh(): void {
-    this.loop.request();
+    this.loop.requestNow();
   }
 
   stats(): WorkbenchStats {
@@ -209,6 +209,6 @@ export class Workbench {
     this.context.theme = readTheme(this.element);
     this.element.dataset.dark = String(this.context.theme.dark);
     [...this.views, ...this.plots].forEach(view => view.restyle?.());
-    this.loop.request();
+    this.loop.requestNow();
   }
 }
