@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors
@@ -107,7 +107,9 @@ def load(located: LocatedModel, device: torch.device, dtype: torch.dtype, progre
     except (OSError, ValueError) as error:
         raise ModelError(f"{located.path} holds no model configuration that transformers knows: {error}") from error
     progress("loading weights", 0.0, located.name)
-    disable_progress_bar()  # progress goes to the front; a bar in the log would hide the words before a crash
+    cast(
+        "Any", transformers_logging
+    ).disable_progress_bar()  # progress goes to the front; a bar in the log would hide the words before a crash
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             located.path,
