@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 
 import msgspec
-import psutil
 import torch
 
 from inference_server import features as feature_rules
@@ -15,10 +14,12 @@ from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.loader import LoadedModel, Progress
+from inference_server.engine.memory import available_host_bytes
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduler
+from inference_server.engine.structured import Grammars, StructureError
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
 from inference_server.models.errors import ModelError
@@ -82,13 +83,14 @@ class Engine:
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
         self.runner = ModelRunner(loaded.model, tensors)
-        self._host_bytes = min(MAX_HOST_BYTES, psutil.virtual_memory().available // 8)
+        self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
         self.requests: dict[int, Request] = {}
         self._arrivals = 0
         self._settling: list[_Settling] = []
         self._responses = ResponseCache()
+        self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
 
     @classmethod
@@ -162,7 +164,7 @@ class Engine:
                 free, _ = torch.cuda.mem_get_info(loaded.device)
                 wanted = int(free * 0.85)
             else:
-                wanted = min(CPU_KV_BYTES, psutil.virtual_memory().available // 4)
+                wanted = min(CPU_KV_BYTES, available_host_bytes() // 4)
         max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         # More blocks than every request at its longest could fill would only take memory from others.
         useful = config.max_num_seqs * -(-max_model_len // config.block_size)
@@ -205,8 +207,13 @@ class Engine:
                 f"the prompt has {len(message.prompt)} tokens and max_tokens is {sampling.max_tokens}: together more "
                 f"than the {limit} positions this server can hold; shorten one of them"
             )
-        if sampling.json_schema is not None:
-            raise RequestError("structured output (json_schema) is not available")
+        try:
+            constraints = [
+                self._grammars.constraint(sampling.json_schema) if sampling.json_schema is not None else None
+                for _ in message.requests
+            ]
+        except StructureError as error:
+            raise RequestError(str(error)) from error
         overrides = self._overrides(message)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         samples = []
@@ -221,6 +228,7 @@ class Engine:
                     seed=(seed + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF,
                     arrival=self._arrivals + index,
                     priority=message.priority,
+                    constraint=constraints[index],
                     prefix_cache_read=overrides.get("prefix_cache_read"),
                     prefix_cache_write=overrides.get("prefix_cache_write"),
                 )

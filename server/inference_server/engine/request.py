@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from inference_server.engine.response_cache import Key
 from inference_server.protocol import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from inference_server.engine.structured import Constraint
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +55,10 @@ class Request:
     prefix_cache_write: bool | None = None
     response_key: Key | None = None
     """Where to remember the answer; ``None`` if it is not to be remembered."""
+    constraint: Constraint | None = None
+    """What the output has to satisfy; ``None`` leaves it free."""
+    complete: bool = False
+    """The constraint allows nothing more."""
     logprobs: list[float | None] = field(default_factory=list)
     top: list[list[tuple[int, float]] | None] = field(default_factory=list)
 

@@ -46,11 +46,13 @@ def sample(logits: Tensor, requests: list[Request]) -> Sampled:
         return Sampled([], [], [])
     raw = logits.float()
     rows = raw
-    if any(_has_penalties(request) for request in requests):
+    if any(_has_penalties(request) or request.constraint is not None for request in requests):
         rows = raw.clone()
         for row, request in enumerate(requests):
             if _has_penalties(request):
                 _penalize(rows[row], request)
+            if request.constraint is not None:
+                request.constraint.mask(rows[row])
     tokens = rows.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
     if drawn:
@@ -63,6 +65,9 @@ def sample(logits: Tensor, requests: list[Request]) -> Sampled:
         )
         tokens[index] = invert_cdf(probabilities, numbers)
     chosen = tokens.tolist()
+    for request, token in zip(requests, chosen, strict=True):
+        if request.constraint is not None:
+            request.complete = request.constraint.accept(token)
     logprobs: list[float | None] = [None] * len(requests)
     top: list[list[tuple[int, float]] | None] = [None] * len(requests)
     wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]

@@ -352,7 +352,11 @@ class Scheduler:
 
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         sampling = request.sampling
-        if token in sampling.stop_token_ids or (token in self.eos_token_ids and not sampling.ignore_eos):
+        if (
+            request.complete
+            or token in sampling.stop_token_ids
+            or (token in self.eos_token_ids and not sampling.ignore_eos)
+        ):
             return "stop"
         if request.num_output >= sampling.max_tokens:
             return "length"

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from inference_server.models.cache import Progress
 from inference_server.models.errors import ModelError
+from inference_server.models.locate import ORIGIN_FILE
 
 CONVERTER = "inference_server.models.convert_process"
-ORIGIN_FILE = "inference_workbench.json"
-"""Says where a converted folder came from and whether its weights had been quantized."""
 
 
 def convert_gguf(gguf: Path, target: Path, progress: Progress, *, source: str) -> None:

