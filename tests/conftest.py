@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch loads: spinning OpenMP threads of several processes would starve each other on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 for folder in ("", "server/engine"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

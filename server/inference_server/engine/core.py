@@ -413,6 +413,7 @@ class Engine:
             tokens=tokens,
             preempted=_handles(plan.preempted),
             started=_handles(plan.started),
+            cached=[request.cached_prompt_tokens for request in plan.started],
             kv_events=self._kv_events(plan.step),
         )
         return report, settled
@@ -465,7 +466,9 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             kv=self.cache.usage(),
         )
-        return StepReport(step=event, tokens=tokens, started=[request.handle for request, _ in replays])
+        return StepReport(
+            step=event, tokens=tokens, started=[request.handle for request, _ in replays], cached=[0] * len(replays)
+        )
 
     def check_integrity(self) -> dict[str, int]:
         """Verify that every KV block is accounted for.
