@@ -1,0 +1,127 @@
+"""Which kernel computes a linear layer: measured on this machine for each shape and batch size, and remembered.
+
+No kernel is best by name: torch's float32 product reaches a third of the memory bandwidth for one row and wins for
+many; its bfloat16 product is a different library again. So each candidate is timed on the model's own weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from inference_server.models.cache import cache_folder
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Row counts that are measured; others use the next larger one's choice."""
+OWN, TORCH = "own", "torch"
+Shape = tuple[int, int]
+"""(out features, in features)"""
+Clock = Callable[[str, Shape, int], float]
+"""Seconds that one pass over some layers takes, by (kernel, shape, rows)."""
+
+
+class Choices:
+    """The measured table.
+
+    Attributes
+    ----------
+    seconds : dict
+        By shape, rows and kernel: the best time measured, for one pass over the same weights.
+    """
+
+    def __init__(self, seconds: dict[Shape, dict[int, dict[str, float]]], *, measured_now: bool) -> None:
+        self.seconds = seconds
+        self.measured_now = measured_now
+
+    def kernel(self, shape: Shape, rows: int) -> str:
+        """The faster kernel for a linear layer of ``shape`` on ``rows`` rows."""
+        by_rows = self.seconds[shape]
+        batch = next((each for each in BATCHES if each >= rows), BATCHES[-1])
+        times = by_rows[batch]
+        # A torch call ends the compiled region and starts another; it has to be worth it.
+        return TORCH if times[TORCH] < 0.95 * times[OWN] else OWN
+
+
+def load_or_measure(key: str, shapes: list[Shape], clock: Clock) -> Choices:
+    """Return the remembered table for ``key``, or measure it (under a second for a small model) and remember it."""
+    path = cache_folder().parent / "cpu-kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+    remembered = _read(path, key, shapes)
+    if remembered is not None:
+        return Choices(remembered, measured_now=False)
+    seconds = {shape: _measure(shape, clock) for shape in shapes}
+    _write(path, key, seconds)
+    return Choices(seconds, measured_now=True)
+
+
+def machine_key(dtype: torch.dtype, threads: int, code: str, shapes: list[Shape]) -> str:
+    """All that a measurement depends on, in words."""
+    return json.dumps(
+        {
+            "cpu": cpu_model(),
+            "torch": torch.__version__,
+            "code": code,
+            "threads": threads,
+            "dtype": str(dtype),
+            "shapes": shapes,
+        },
+        sort_keys=True,
+    )
+
+
+def cpu_model() -> str:
+    """Name, family and model number of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.processor()} {platform.machine()}"
+    wanted = ("model name", "cpu family", "model", "CPU part", "CPU implementer")
+    found = [line.split(":", 1)[1].strip() for line in lines if line.split(":", 1)[0].strip() in wanted]
+    return ", ".join(found) or platform.machine()
+
+
+def _measure(shape: Shape, clock: Clock) -> dict[int, dict[str, float]]:
+    result: dict[int, dict[str, float]] = {}
+    for rows in BATCHES:
+        times = {OWN: float("inf"), TORCH: float("inf")}
+        # Interleaved and the best of several: whatever else runs on the machine hits both alike, or is left out.
+        for _ in range(5):
+            for kernel in times:
+                if times[kernel] < 4 * min(times.values()) or times[kernel] == float("inf"):
+                    times[kernel] = min(times[kernel], clock(kernel, shape, rows))
+        result[rows] = times
+        if times[TORCH] * 2 < times[OWN]:
+            for larger in BATCHES[BATCHES.index(rows) + 1 :]:
+                result[larger] = times
+            break
+    return result
+
+
+def _read(path: Path, key: str, shapes: list[Shape]) -> dict[Shape, dict[int, dict[str, float]]] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] != key:
+            return None
+        return {
+            shape: {int(rows): times for rows, times in content["seconds"][f"{shape[0]}x{shape[1]}"].items()}
+            for shape in shapes
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, key: str, seconds: dict[Shape, dict[int, dict[str, float]]]) -> None:
+    content = {"key": key, "seconds": {f"{shape[0]}x{shape[1]}": table for shape, table in seconds.items()}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(file.name, path)  # noqa: PTH105 - complete or absent, whoever else writes it
+    except OSError:
+        pass  # measured again next time; nothing else is lost
