@@ -5,13 +5,18 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import psutil
 import torch
 
 from inference_server import features as feature_rules
 from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.cpu.architecture import UnsupportedError
+from inference_server.engine.cpu.path import Compilation
+from inference_server.engine.cpu.path import start as start_fast_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.request import Request
@@ -58,14 +63,14 @@ class Engine:
     ----------
     config : EngineConfig
     loaded : LoadedModel
+    compilation : Compilation, optional
+        Of the CPU kernels, where it was started beforehand.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, compilation: Compilation | None = None) -> None:
         self.config = config
         self.loaded = loaded
         self.specs: tuple[FeatureSpec, ...] = SPECS
-        self._specs = feature_rules.specs_by_name()
-        self.features = feature_rules.apply(Features(), config.features, self._specs)
         self.epoch = 0
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
@@ -73,6 +78,22 @@ class Engine:
         self.cache = KVCache(self.capacity.num_blocks, config.block_size)
         self.scheduler = Scheduler(self.cache, loaded.eos_token_ids)
         self.runner = ModelRunner(loaded.model, tensors)
+        self.fast: Any = None
+        """The :class:`~inference_server.engine.cpu.runner.FastRunner`, where the model has one."""
+        initial = Features()
+        try:
+            self.fast = start_fast_path(loaded.model, self.runner, self.capacity.max_model_len, compilation=compilation)
+        except UnsupportedError as error:
+            reason = f"The fast path cannot run this model: {error}."
+            self.specs = tuple(
+                msgspec.structs.replace(spec, default=False, available=False, unavailable_reason=reason)
+                if spec.name == "fast_path"
+                else spec
+                for spec in SPECS
+            )
+            initial = msgspec.structs.replace(initial, fast_path=False)
+        self._specs = {spec.name: spec for spec in self.specs}
+        self.features = feature_rules.apply(initial, config.features, self._specs)
         self.requests: dict[int, Request] = {}
         self._arrivals = 0
         self._settling: list[_Settling] = []
@@ -90,10 +111,13 @@ class Engine:
             torch.set_num_threads(config.threads)
         device = loader.resolve_device(config.device)
         dtype = loader.resolve_dtype(config.dtype, device)
+        compilation = Compilation() if device.type == "cpu" else None
         located = locate.locate(config.model, progress)
         loaded = loader.load(located, device, dtype, progress)
         progress("reserving the KV cache", 0.95, "")
-        return cls(config, loaded)
+        if compilation is not None and compilation.running:
+            progress("compiling the CPU kernels", 0.96, "once on this machine")
+        return cls(config, loaded, compilation)
 
     # -- what is served ------------------------------------------------------------------------------------------------
 
@@ -276,12 +300,14 @@ class Engine:
         t1 = time.monotonic_ns()
         if not plan.items:
             return None, []
-        packed = self.runner.prepare(plan)
+        fast = features.fast_path and self.fast is not None
+        runner = self.fast if fast else self.runner
+        packed = runner.prepare(plan)
         t2 = time.monotonic_ns()
-        logits = self.runner.forward(plan, packed)
+        logits = runner.forward(plan, packed)
         t3 = time.monotonic_ns()
         sampling = [item.request for item in plan.items if item.sample]
-        sampled = sampler.sample(logits, sampling)
+        sampled = sampler.sample(logits, sampling, greedy=self.fast.greedy if fast else None)
         t4 = time.monotonic_ns()
         indices = [request.num_output for request in sampling]
         reasons = self.scheduler.update(plan, sampled.tokens, features)
@@ -309,7 +335,7 @@ class Engine:
             sample_ns=t4 - t3,
             update_ns=t5 - t4,
             end_ns=t5,
-            path="eager" if plan.use_cache else "eager, no KV cache",
+            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
             request=[item.request.handle for item in plan.items],
             start=[item.start for item in plan.items],
             scheduled=[item.count for item in plan.items],

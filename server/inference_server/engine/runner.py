@@ -21,6 +21,9 @@ class ModelRunner:
     tensors : PagedKVTensors
     """
 
+    label = "eager"
+    """What a step record calls this path."""
+
     def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
         self.model = model
         self.tensors = tensors

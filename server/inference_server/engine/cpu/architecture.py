@@ -89,9 +89,7 @@ def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> Non
         raise UnsupportedError("its output head has a bias")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if attention.head_dim > MAX_HEAD_DIM or heads // kv_heads > MAX_GROUP:
-        raise UnsupportedError(
-            f"its heads are larger than {MAX_HEAD_DIM} or share a KV head by more than {MAX_GROUP}"
-        )
+        raise UnsupportedError(f"its heads are larger than {MAX_HEAD_DIM} or share a KV head by more than {MAX_GROUP}")
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim, heads * attention.head_dim)
     if any(width % 32 for width in widths):
         raise UnsupportedError(f"its sizes {widths} are not all multiples of 32")

@@ -37,7 +37,9 @@ NATIVE_BF16 = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
 OP_EMBED = 0  # table, out (float32), width, bf16
 OP_NORM = 1  # x (float32, updated), delta or 0, weight (float32), out, width, eps (float32 bits), bf16, kept rows only
 OP_LINEAR = 2  # x, weight, out, in features, out features, bf16, bf16 out, kept rows only
-OP_ROTARY = 3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16
+OP_ROTARY = (
+    3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16
+)
 OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0, scaling (float32 bits), bf16
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
@@ -234,7 +236,15 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
 
     @intrinsic
     def tile(
-        typingctx: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, out: Any, out_stride: Any, length: Any, narrow: Any
+        typingctx: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        out: Any,
+        out_stride: Any,
+        length: Any,
+        narrow: Any,
     ) -> Any:  # noqa: ARG001
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             x, x_stride, w, w_stride, out, out_stride, length, narrow = args
