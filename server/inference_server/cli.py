@@ -1,4 +1,4 @@
-"""The command line: ``inference-workbench serve | status | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | status | stop``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from inference_server import discovery
+from inference_server import discovery, launch
 from inference_server.discovery import ServerFile
 from inference_server.version import distribution_version
 
@@ -114,6 +113,38 @@ def serve(
     except (ServeError, SettingsError) as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:  # Ctrl-C is how a person stops it: no news
+        raise typer.Exit(130) from None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(
+    context: typer.Context,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Insist on this port. [default: 8888, or the next free one]")
+    ] = None,
+) -> None:
+    """Fetch the model if necessary and open JupyterLab with the first lesson and the live views.
+
+    Further options go to JupyterLab, for example --no-browser.
+    """
+    try:
+        if os.environ.get("INFERENCE_WORKBENCH_MODEL", "default") == "default":
+            launch.fetch_default_model(_out)
+        launch.open_jupyterlab(_out, port, context.args)
+    except launch.LaunchError as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def fetch_model() -> None:
+    """Download and convert the default model, so that the first start does not have to."""
+    try:
+        _out.print(str(launch.fetch_default_model(_out)))
+    except launch.LaunchError as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -123,17 +154,15 @@ def status() -> None:
     if not servers:
         _out.print("No server is running. Start one with: inference-workbench serve")
         raise typer.Exit(1)
-    table = Table("pid", "where", "started by", "up", "version", "engine")
     for server in servers:
-        table.add_row(
-            str(server.pid),
-            server.uds or f"{server.url}/?token={server.token}",
-            server.origin,
-            _duration(time.time() - server.started),
-            server.version,
-            _engine_state(server),
+        where = f"the Unix socket {server.uds}" if server.uds else f"{server.url}/?token={server.token}"
+        up = _duration(time.time() - server.started)
+        _out.print(where, markup=False)  # a line of its own and whole, to be copied
+        _out.print(
+            f"    engine {_engine_state(server)}, pid {server.pid}, up {up}, version {server.version}, "
+            f"started by {server.origin}",
+            markup=False,
         )
-    _out.print(table)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Dying with the parent: no process that holds a GPU may outlive the one that it works for, SIGKILL included.
 
-Two mechanisms, because each has a gap. Linux sends a signal when the parent's forking *thread* ends
-(``PR_SET_PDEATHSIG``), so a child must be spawned from a thread that lives as long as the parent. Everywhere, a pipe
-whose only write end the parent holds reads end-of-file when the parent is gone, however it went.
+Two mechanisms, because each has a gap. Linux sends a signal, which nothing can hold up, but when the parent's forking
+*thread* ends (``PR_SET_PDEATHSIG``). Everywhere, a pipe whose only write end the parent holds reads end-of-file when
+the parent is gone, however it went; a thread of the child has to notice that.
 
 The parent calls :func:`lifeline` when it spawns; the child calls :func:`die_with_parent` first thing.
 """
@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PARENT_VARIABLE = "INFERENCE_WORKBENCH_PARENT_PID"
 _PIPE_VARIABLE = "INFERENCE_WORKBENCH_LIFELINE_FD"
 _PR_SET_PDEATHSIG = 1
-_POLL_S = 1.0
+_POLL_MS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,50 +63,49 @@ def lifeline() -> Iterator[Lifeline]:
         os.close(read_fd)
 
 
-def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+def die_with_parent(signal_number: int = signal.SIGKILL, *, even_if_hung: bool = True) -> None:
     """Arrange for this process to get ``signal_number`` when its parent is gone, and at once if it already is.
 
-    Without a lifeline (the parent is somebody else's code) the parent is whoever it is now, and where the kernel sends
-    no signal a thread looks once a second.
+    Without a lifeline (the parent is somebody else's code) the parent is whoever it is now.
 
     Parameters
     ----------
     signal_number
         ``SIGKILL`` for a process that has nothing to tidy up; ``SIGTERM`` for one that has.
+    even_if_hung
+        Ask the kernel to send the signal too, so that not even a process that is stuck in foreign code survives. Only
+        for a child that was spawned from a thread that lives as long as its parent.
     """
     expected = int(os.environ.pop(_PARENT_VARIABLE, 0)) or os.getppid()
     pipe = os.environ.pop(_PIPE_VARIABLE, None)
-    signalled = _ask_kernel_for_signal(signal_number)
+    if even_if_hung:
+        _ask_kernel_for_signal(signal_number)
     if os.getppid() != expected:  # the parent went away before we asked
         os.kill(os.getpid(), signal_number)
-    if pipe is not None:
-        _watch(lambda: _wait_for_end_of_file(int(pipe)), signal_number)
-    elif not signalled:
-        _watch(lambda: _wait_for_other_parent(expected), signal_number)
+        return
 
-
-def _ask_kernel_for_signal(signal_number: int) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    return bool(libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0) == 0)
-
-
-def _watch(wait: Callable[[], None], signal_number: int) -> None:
-    def run() -> None:
-        wait()
+    def watch() -> None:
+        _wait_until_gone(expected, int(pipe) if pipe is not None else None)
         os.kill(os.getpid(), signal_number)
 
-    threading.Thread(target=run, name="parent-watch", daemon=True).start()
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _wait_for_end_of_file(descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        os.set_inheritable(descriptor, False)
-        while os.read(descriptor, 1):
-            pass
+def _ask_kernel_for_signal(signal_number: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
 
 
-def _wait_for_other_parent(expected: int) -> None:
-    while os.getppid() == expected:
-        time.sleep(_POLL_S)
+def _wait_until_gone(parent: int, pipe: int | None) -> None:
+    """Return at once when the pipe ends; within a second when only the parent's id tells (a fork may hold the pipe)."""
+    poll = select.poll()
+    if pipe is not None:
+        try:
+            os.set_inheritable(pipe, False)
+        except OSError:  # the parent passed the variable on but not the pipe
+            pipe = None
+        else:
+            poll.register(pipe, select.POLLIN)
+    while os.getppid() == parent:
+        if poll.poll(_POLL_MS) and pipe is not None and not os.read(pipe, 1):
+            return

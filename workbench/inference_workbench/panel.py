@@ -227,6 +227,7 @@ def make_panel(workbench: Workbench, **options: Any) -> Panel:
     style = _STATIC / "widget.css"
     if style.exists():
         members["_css"] = style
+    members["__module__"] = __name__
     members["__doc__"] = "The live views of one server; its switches are traits."
     panel: Panel = type("WorkbenchPanel", (Panel,), members)(workbench, specs, **options)
     return panel

@@ -7,7 +7,7 @@ import time
 from typing import TextIO
 
 _BAR = 24
-_MIN_INTERVAL_S = 0.1
+_MIN_INTERVAL_S = 0.25
 
 
 class ProgressLine:
@@ -32,7 +32,7 @@ class ProgressLine:
         self._width = 0
 
     def update(self, stage: str, fraction: float | None = None) -> None:
-        """Rewrite the line, at most ten times a second."""
+        """Rewrite the line, at most four times a second."""
         now = time.monotonic()
         if now - self._begin < self._patience_s or now - self._written_at < _MIN_INTERVAL_S:
             return

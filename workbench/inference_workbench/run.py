@@ -22,7 +22,7 @@ _NS_PER_MS = 1e6
 _TEXT_SHOWN = 2000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Summary:
     """The figures of one request. Times in milliseconds; ``None`` where a figure does not exist."""
 
@@ -57,8 +57,8 @@ class Summary:
         )
         return f"<table>{rows}</table>"
 
-    def __str__(self) -> str:
-        return "\n".join(f"{label:<28} {value:>12}" for label, value in self._labelled())
+    def __repr__(self) -> str:
+        return "\n".join(f"{label:<28} {value}" for label, value in self._labelled())
 
     def _labelled(self) -> list[tuple[str, str]]:
         def ms(value: float | None) -> str:

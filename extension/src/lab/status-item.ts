@@ -54,7 +54,10 @@ export class StatusItem extends Widget {
       return trans.__('Inference: off');
     }
     if (connection.status.state !== 'connected') {
-      return trans.__('Inference: %1', connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…'));
+      return trans.__(
+        'Inference: %1',
+        connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…')
+      );
     }
     const { store } = connection;
     const engine = store.engine;
@@ -63,7 +66,11 @@ export class StatusItem extends Widget {
       return trans.__('Inference: %1', `${engine.state}${share}`);
     }
     const metrics = store.metrics(5e9);
-    const rate = metrics.idle || metrics.outputRate === null ? trans.__('idle') : `${significant(metrics.outputRate)} tok/s`;
+    const rate = metrics.idle
+      ? trans.__('idle')
+      : metrics.outputRate === null
+        ? trans.__('working')
+        : `${significant(metrics.outputRate)} tok/s`;
     const kv = metrics.kvBlocks === null ? '' : ` · KV ${percent(metrics.kvBlocks)}`;
     return trans.__('Inference: %1', rate + kv);
   }

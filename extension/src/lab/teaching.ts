@@ -19,7 +19,7 @@ export async function openTeachingLayout(app: JupyterFrontEnd, path?: string): P
 async function findLesson(app: JupyterFrontEnd): Promise<string | null> {
   const { contents } = app.serviceManager;
   for (const folder of ['notebooks', '']) {
-    const listing = await contents.get(folder, { type: 'directory' }).catch(() => null);
+    const listing = await contents.get(folder, { type: 'directory', content: true }).catch(() => null);
     const found = (listing?.content as { name: string; path: string }[] | undefined)?.find(
       each => each.name === FIRST_LESSON
     );

@@ -6,22 +6,22 @@ import type { SocketConnection } from '../telemetry/socket';
 
 export const PLUGIN_NAMESPACE = 'inference-workbench';
 
-export namespace PluginIds {
-  export const server = `${PLUGIN_NAMESPACE}:server`;
-  export const panel = `${PLUGIN_NAMESPACE}:plugin`;
-  export const launcher = `${PLUGIN_NAMESPACE}:launcher`;
-  export const status = `${PLUGIN_NAMESPACE}:status`;
-  export const teaching = `${PLUGIN_NAMESPACE}:teaching`;
-  export const notebook = `${PLUGIN_NAMESPACE}:notebook`;
-}
+export const PluginIds = {
+  server: `${PLUGIN_NAMESPACE}:server`,
+  panel: `${PLUGIN_NAMESPACE}:plugin`,
+  launcher: `${PLUGIN_NAMESPACE}:launcher`,
+  status: `${PLUGIN_NAMESPACE}:status`,
+  teaching: `${PLUGIN_NAMESPACE}:teaching`,
+  notebook: `${PLUGIN_NAMESPACE}:notebook`
+} as const;
 
-export namespace CommandIds {
-  export const open = 'inference-workbench:open';
-  export const setFeature = 'inference-workbench:set-feature';
-  export const restartEngine = 'inference-workbench:restart-engine';
-  export const openTeaching = 'inference-workbench:open-teaching';
-  export const insertConnect = 'inference-workbench:insert-connect';
-}
+export const CommandIds = {
+  open: 'inference-workbench:open',
+  setFeature: 'inference-workbench:set-feature',
+  restartEngine: 'inference-workbench:restart-engine',
+  openTeaching: 'inference-workbench:open-teaching',
+  insertConnect: 'inference-workbench:insert-connect'
+} as const;
 
 /** The one connection of the page, made when first asked for. */
 export interface IInferenceServer {

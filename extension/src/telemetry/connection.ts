@@ -58,6 +58,7 @@ export abstract class ConnectionBase {
   reconnects = 0;
   private readonly statusListeners = new Set<() => void>();
   private sawSnapshot = false;
+  private asked = false;
 
   constructor(readonly store: TelemetryStore) {}
 
@@ -80,6 +81,9 @@ export abstract class ConnectionBase {
     this.statusListeners.forEach(listener => listener());
   }
 
+  /** Have the server send a new snapshot. */
+  protected abstract askSnapshot(): void;
+
   /** Take in one binary message. Returns what it was, for the transport's own needs. */
   protected receive(data: ArrayBuffer | ArrayBufferView): ServerMessage {
     const message = decodeServerMessage(data);
@@ -89,16 +93,24 @@ export abstract class ConnectionBase {
           if (this.store.server !== null && this.store.server.instance !== message.server.instance) {
             this.clock.reset();
           }
-          if (this.sawSnapshot) {
+          if (this.sawSnapshot && !this.asked) {
             this.reconnects += 1;
           }
           this.sawSnapshot = true;
+          this.asked = false;
           this.store.applySnapshot(message);
         }
         break;
-      case 'frame':
+      case 'frame': {
+        const wasReady = this.store.engine?.state === 'ready';
         this.store.applyFrame(message);
+        if (!wasReady && this.store.engine?.state === 'ready') {
+          // Which model is loaded and what can be switched is said in snapshots only.
+          this.asked = true;
+          this.askSnapshot();
+        }
         break;
+      }
       case 'clock':
         this.clock.add(message.client_time, pageNow(), message.now_ns);
         break;

@@ -20,8 +20,6 @@ type FromPython =
 
 type Pending = { resolve: () => void; reject: (error: Error) => void };
 
-const CREDITS = 16;
-
 export class ModelConnection extends ConnectionBase implements TelemetryConnection {
   readonly controlsEngine = true;
   private readonly pending = new Map<string, Pending[]>();
@@ -37,8 +35,7 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
   }
 
   connect(): void {
-    this.model.send({ t: 'ready', protocol: PROTOCOL_VERSION });
-    this.model.send({ t: 'credit', frames: CREDITS });
+    this.askSnapshot();
     this.askClock();
   }
 
@@ -114,6 +111,10 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
     } catch (error) {
       this.setStatus('failed', `The kernel and this page do not understand each other: ${String(error)}.`);
     }
+  }
+
+  protected askSnapshot(): void {
+    this.model.send({ t: 'ready' });
   }
 
   private askClock(): void {

@@ -128,12 +128,19 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     this.setStatus('closed', '');
   }
 
+  /** A snapshot comes with a connection; the old one stays until the new one is there to be asked. */
+  protected askSnapshot(): void {
+    const socket = this.socket;
+    this.open();
+    socket?.close();
+  }
+
   private open(): void {
     if (this.retryTimer !== null) {
       clearTimeout(this.retryTimer);
       this.retryTimer = null;
     }
-    if (this.status.state === 'closed' || this.status.state === 'connected') {
+    if (this.status.state === 'closed') {
       this.setStatus('connecting', '');
     }
     const socket = new WebSocket(this.address.telemetryUrl());
@@ -177,6 +184,9 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
         this.setStatus('connected', '');
       } else if (message.t === 'frame') {
         this.send({ t: 'credit', frames: 1 });
+      } else if (message.t === 'error' && this.status.state !== 'connected') {
+        // Without a snapshot there is nothing to show: the server refused the subscription itself.
+        this.refuse(message.message);
       }
     } catch (error) {
       this.refuse(`The server and this page do not understand each other: ${reasonOf(error)}.`);
@@ -241,7 +251,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
       case 502:
       case 503:
       case 504:
-        return `The inference server is not up (${response.status}): it is starting, or could not start; JupyterLab’s log says more.`;
+        return `The inference server is not up: ${await errorText(response)}`;
       default:
         return `The inference server answered ${response.status}.`;
     }

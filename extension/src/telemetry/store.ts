@@ -12,6 +12,7 @@ import type {
   FeaturesEvent,
   FeatureValue,
   Frame,
+  Kind,
   ModelInfo,
   RequestEvent,
   ServerInfo,
@@ -20,7 +21,6 @@ import type {
   TelemetryEvent,
   TokensEvent
 } from './protocol';
-import { Kind } from './protocol';
 
 /** A step and its sums. */
 export interface StepRecord {
@@ -57,11 +57,15 @@ export interface RequestRecord {
 
 export type FeedKind = 'switch' | 'request' | 'engine' | 'error' | 'gap' | 'connection';
 
+/** One thing worth telling. The view finds the words; `text` is for what has no event of its own. */
 export interface FeedEntry {
   /** Rises by one per entry. */
   serial: number;
   atNs: number | null;
   kind: FeedKind;
+  event: RequestEvent | FeaturesEvent | EngineEvent | null;
+  /** Events that were left out just before, for a gap. */
+  missing: number;
   text: string;
 }
 
@@ -187,8 +191,7 @@ export class TelemetryStore {
     this.lastSeq = frame.seq;
     if (frame.dropped > 0 || missed > 0) {
       this.dropped += frame.dropped;
-      const what = frame.dropped > 0 ? `${frame.dropped} events` : `${missed} frames`;
-      this.note('gap', `${what} left out: this page or its connection was too slow.`, frame.now_ns);
+      this.tell({ kind: 'gap', atNs: frame.now_ns, missing: Math.max(frame.dropped, missed) });
     }
     for (const event of frame.events) {
       this.take(event, true);
@@ -199,7 +202,7 @@ export class TelemetryStore {
 
   /** Add a line to the event feed. */
   note(kind: FeedKind, text: string, atNs: number | null = null): void {
-    this.feed.push({ serial: this.nextSerial++, atNs, kind, text });
+    this.tell({ kind, atNs, text });
     this.changed();
   }
 
@@ -355,15 +358,8 @@ export class TelemetryStore {
   private takeRequest(event: RequestEvent, live: boolean): void {
     const before = this.requests.get(event.request)?.event?.state;
     this.request(event.request).event = event;
-    if (live && before !== event.state) {
-      if (event.state === 'failed') {
-        this.note('error', `Request ${event.request} failed: ${event.error ?? 'no reason was given'}`, event.at_ns);
-      } else if (event.state === 'preempted') {
-        this.note('request', `Request ${event.request} was preempted after ${event.output_tokens} tokens.`, event.at_ns);
-      } else if (event.state === 'finished' || event.state === 'cancelled') {
-        const how = event.state === 'cancelled' ? 'was cancelled' : `finished (${event.finish_reason ?? 'done'})`;
-        this.note('request', `Request ${event.request} ${how} after ${event.output_tokens} tokens.`, event.at_ns);
-      }
+    if (live && before !== event.state && event.state !== 'queued' && event.state !== 'running') {
+      this.tell({ kind: event.state === 'failed' ? 'error' : 'request', atNs: event.at_ns, event });
     }
   }
 
@@ -374,10 +370,9 @@ export class TelemetryStore {
       this.features = event;
     }
     if (live && !known && event.changed.length > 0) {
-      const what = event.changed.map(name => `${name} = ${String(event.values[name])}`).join(', ');
-      this.note('switch', `Epoch ${event.epoch}: ${what}, ${describeSwitch(event)}.`, event.applied_ns);
+      this.tell({ kind: 'switch', atNs: event.applied_ns, event });
     } else if (live && known && event.settled_ns !== null && event.preempted > 0) {
-      this.note('switch', `Epoch ${event.epoch}: ${describeSwitch(event)}.`, event.settled_ns);
+      this.tell({ kind: 'switch', atNs: event.settled_ns, event });
     }
   }
 
@@ -388,9 +383,13 @@ export class TelemetryStore {
       this.waitingForStep.clear();
     }
     if (live && before?.state !== event.state) {
-      const text = `Engine ${event.state}${event.message ? `: ${event.message}` : ''}`;
-      this.note(event.state === 'failed' || event.state === 'restarting' ? 'error' : 'engine', text, event.at_ns);
+      const bad = event.state === 'failed' || event.state === 'restarting';
+      this.tell({ kind: bad ? 'error' : 'engine', atNs: event.at_ns, event });
     }
+  }
+
+  private tell(entry: Pick<FeedEntry, 'kind' | 'atNs'> & Partial<FeedEntry>): void {
+    this.feed.push({ event: null, missing: 0, text: '', ...entry, serial: this.nextSerial++ });
   }
 
   private request(handle: number): RequestRecord {
@@ -420,23 +419,6 @@ export class TelemetryStore {
     this.version += 1;
     this.listeners.forEach(listener => listener());
   }
-}
-
-/** What a switch cost, as measured: "applied in 0.4 ms · caught up after 85 ms, 3 requests recomputed 412 tokens". */
-export function describeSwitch(event: FeaturesEvent): string {
-  const ms = (ns: number) => `${(ns / 1e6).toPrecision(ns < 1e8 ? 2 : 3).replace(/e\+\d+/, '')} ms`;
-  let text = `applied in ${ms(event.apply_ns)}`;
-  if (event.preempted > 0) {
-    const requests = `${event.preempted} ${event.preempted === 1 ? 'request' : 'requests'}`;
-    text +=
-      event.settled_ns === null
-        ? ` · ${requests} catching up`
-        : ` · caught up after ${ms(event.settled_ns - event.applied_ns)}, ${requests}`;
-    if (event.recompute_tokens > 0) {
-      text += ` ${event.settled_ns === null ? 'on' : 'recomputed'} ${event.recompute_tokens.toLocaleString('en')} tokens`;
-    }
-  }
-  return text;
 }
 
 /** The value of a feature now, or its default while nothing is known. */

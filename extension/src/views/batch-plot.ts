@@ -6,8 +6,8 @@ import { kindColour } from './colours';
 import { count, duration } from './format';
 import type { LegendEntry, Table } from './plot';
 import { StepPlot } from './step-plot';
-import { kindName } from './token-strip';
 import type { ViewContext } from './view';
+import { kindName } from './words';
 
 const STACK: readonly Kind[] = [Kind.Decode, Kind.Verify, Kind.Draft, Kind.Recompute, Kind.Prefill];
 /** Without speculation there is nothing to explain about these. */
@@ -43,7 +43,10 @@ export class BatchPlot extends StepPlot {
     });
     for (const kind of STACK) {
       const source = new bokeh.ColumnDataSource({ data: { left: [], right: [], bottom: [], top: [] } });
-      const hatch = kind === Kind.Recompute ? { hatch_pattern: 'right_diagonal_line' as const, hatch_scale: 7, hatch_weight: 1 } : {};
+      const hatch =
+        kind === Kind.Recompute
+          ? { hatch_pattern: 'right_diagonal_line' as const, hatch_scale: 7, hatch_weight: 1 }
+          : {};
       const renderer = figure.quad(
         { field: 'left' },
         { field: 'right' },
@@ -114,13 +117,11 @@ export class BatchPlot extends StepPlot {
   protected legend(): LegendEntry[] {
     const { theme, trans } = this.context;
     return [Kind.Prefill, Kind.Decode, Kind.Recompute]
-      .map(
-        (kind): LegendEntry => ({
-          colour: kindColour(kind, theme.dark),
-          text: kindName(kind, trans),
-          look: kind === Kind.Recompute ? 'hatch' : 'fill'
-        })
-      )
+      .map((kind): LegendEntry => ({
+        colour: kindColour(kind, theme.dark),
+        text: kindName(kind, trans),
+        look: kind === Kind.Recompute ? 'hatch' : 'fill'
+      }))
       .concat([{ colour: theme.ink, text: trans.__('token budget'), look: 'dashed' }]);
   }
 
@@ -164,7 +165,7 @@ export class BatchPlot extends StepPlot {
       .map(kind => `${count(step.byKind[kind])} ${kindName(kind, trans)}`)
       .join(' + ');
     return trans.__(
-      'step %1: %2 requests, %3 tokens, %4 (forward %5)',
+      'step %1: batch of %2, %3 tokens, %4 (forward %5)',
       step.event.step,
       step.event.request.length,
       kinds,

@@ -2,7 +2,9 @@
 
 export type { ColumnDataSource, Figure, Range1d, Span } from './bokeh-modules';
 
-export type Bokeh = typeof import('./bokeh-modules');
+import type * as BokehModules from './bokeh-modules';
+
+export type Bokeh = typeof BokehModules;
 
 let loading: Promise<Bokeh> | null = null;
 

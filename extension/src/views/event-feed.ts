@@ -3,6 +3,7 @@
 import type { FeedEntry, FeedKind } from '../telemetry/store';
 import { h } from './dom';
 import type { View, ViewContext } from './view';
+import { changes, describeEngine, describeRequest, describeSwitch } from './words';
 
 const SHOWN = 60;
 
@@ -23,8 +24,14 @@ export class EventFeed implements View {
 
   constructor(private readonly context: ViewContext) {
     const { trans } = context;
-    this.list = h('ol', { class: 'iw-feed-list', attrs: { role: 'log', tabindex: 0, 'aria-label': trans.__('Events') } });
-    this.empty = h('p', { class: 'iw-empty', text: trans.__('Switches, requests and what happens to the engine are listed here.') });
+    this.list = h('ol', {
+      class: 'iw-feed-list',
+      attrs: { role: 'log', tabindex: 0, 'aria-label': trans.__('Events') }
+    });
+    this.empty = h('p', {
+      class: 'iw-empty',
+      text: trans.__('Switches, requests and what happens to the engine are listed here.')
+    });
     this.element = h(
       'section',
       { class: 'iw-card iw-feed', attrs: { 'aria-label': trans.__('Events') } },
@@ -56,7 +63,25 @@ export class EventFeed implements View {
       { class: `iw-feed-line iw-feed-${entry.kind}` },
       h('span', { class: 'iw-feed-sign', text: SIGNS[entry.kind], attrs: { 'aria-hidden': 'true' } }),
       h('span', { class: 'iw-feed-time', text: since === null ? '' : `${since.toFixed(1)} s` }),
-      h('span', { class: 'iw-feed-text', text: entry.text })
+      h('span', { class: 'iw-feed-text', text: this.words(entry) })
     );
+  }
+
+  private words({ event, missing, text }: FeedEntry): string {
+    const { trans } = this.context;
+    switch (event?.t) {
+      case 'features':
+        return event.settled_ns !== null && event.preempted > 0
+          ? trans.__('Epoch %1: %2', event.epoch, describeSwitch(event, trans))
+          : trans.__('Epoch %1: %2, %3', event.epoch, changes(event, trans), describeSwitch(event, trans));
+      case 'request':
+        return describeRequest(event, trans);
+      case 'engine':
+        return describeEngine(event, trans);
+      case undefined:
+        return missing > 0
+          ? trans.__('%1 events were left out: this page or its connection was too slow', missing)
+          : text;
+    }
   }
 }

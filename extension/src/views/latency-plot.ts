@@ -9,8 +9,8 @@ import { kindColour } from './colours';
 import { count, duration, significant } from './format';
 import { Plot } from './plot';
 import type { LegendEntry, Table } from './plot';
-import { kindName } from './token-strip';
 import type { ViewContext } from './view';
+import { changes, kindName } from './words';
 
 const MAX_REQUESTS = 8;
 const MAX_POINTS = 1200;
@@ -70,7 +70,11 @@ export class LatencyPlot extends Plot {
     this.lines = new bokeh.ColumnDataSource({ data: { xs: [], ys: [] } });
     this.dots = new bokeh.ColumnDataSource({ data: { x: [], y: [], colour: [], marker: [] } });
     this.marks = new bokeh.ColumnDataSource({ data: { x: [], y: [], text: [], offset: [] } });
-    const lines = figure.multi_line({ field: 'xs' }, { field: 'ys' }, { source: this.lines, line_width: 1, line_alpha: 0.5 });
+    const lines = figure.multi_line(
+      { field: 'xs' },
+      { field: 'ys' },
+      { source: this.lines, line_width: 1, line_alpha: 0.5 }
+    );
     figure.scatter(
       { field: 'x' },
       { field: 'y' },
@@ -308,14 +312,16 @@ export class LatencyPlot extends Plot {
   private switchLabel(epoch: number): string {
     const event = this.context.store.epochs.get(epoch);
     return event && event.changed.length > 0
-      ? event.changed.map(name => `${this.title(name)} ${say(event.values[name])}`).join(', ')
+      ? changes(event, this.context.trans, name => this.title(name))
       : this.context.trans.__('epoch %1', epoch);
   }
 
   private epochName(epoch: number): string {
     const event = this.context.store.epochs.get(epoch);
     const label = event && event.changed.length > 0 ? this.switchLabel(epoch) : '';
-    return label ? this.context.trans.__('epoch %1 (%2)', count(epoch), label) : this.context.trans.__('epoch %1', epoch);
+    return label
+      ? this.context.trans.__('epoch %1 (%2)', count(epoch), label)
+      : this.context.trans.__('epoch %1', epoch);
   }
 
   private title(name: string): string {
@@ -335,7 +341,13 @@ export function epochSlopes(points: readonly Point[], newest = 3): EpochSlope[] 
   }
   const result: EpochSlope[] = [];
   for (const [epoch, list] of [...byEpoch].sort(([a], [b]) => a - b)) {
-    const line = list.length >= MIN_FIT ? robustLine(list.map(each => each.position), list.map(each => each.ms)) : null;
+    const line =
+      list.length >= MIN_FIT
+        ? robustLine(
+            list.map(each => each.position),
+            list.map(each => each.ms)
+          )
+        : null;
     if (line) {
       result.push({
         epoch,
@@ -356,10 +368,6 @@ export function pointsOf(request: RequestRecord): Point[] {
   return request.tokens
     .filter(token => token.index > 0)
     .map(token => ({ token, position: prompt + token.index, ms: token.latencyNs / 1e6 }));
-}
-
-function say(value: boolean | number | string): string {
-  return value === true ? 'on' : value === false ? 'off' : String(value);
 }
 
 function signed(value: number): string {

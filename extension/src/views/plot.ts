@@ -31,12 +31,16 @@ export abstract class Plot implements View {
   private readonly frame: HTMLElement;
   private readonly legendElement = h('div', { class: 'iw-legend' });
   private readonly captionElement = h('p', { class: 'iw-caption' });
-  private readonly tableElement = h('div', { class: 'iw-table-holder', attrs: { hidden: true, tabindex: 0, role: 'region' } });
+  private readonly tableElement = h('div', {
+    class: 'iw-table-holder',
+    attrs: { hidden: true, tabindex: 0, role: 'region' }
+  });
   private readonly tableButton: HTMLButtonElement;
   private started = false;
   private disposed = false;
   private paintedVersion = -1;
-  private paintedAt = -Infinity;
+  /** When it was last painted, on the page's clock. */
+  paintedAt = -Infinity;
   private removeFigure: () => void = () => undefined;
   private readonly stopSelection: () => void;
 
@@ -90,21 +94,17 @@ export abstract class Plot implements View {
   }
 
   update(): void {
-    if (!this.started) {
-      this.started = true;
-      this.start();
-    }
-    const { version } = this.context.store;
-    const now = pageNow();
-    if (this.paintedVersion === version || now - this.paintedAt < PLOT_INTERVAL_MS) {
-      return;
-    }
     this.repaint();
   }
 
   /** Is there something newer than what was painted? */
   get stale(): boolean {
-    return this.paintedVersion !== this.context.store.version;
+    return !this.started || this.paintedVersion !== this.context.store.version;
+  }
+
+  /** Stale, and not painted a moment ago. */
+  get due(): boolean {
+    return this.stale && pageNow() - this.paintedAt >= PLOT_INTERVAL_MS;
   }
 
   restyle(): void {
@@ -140,6 +140,10 @@ export abstract class Plot implements View {
   protected abstract walk(direction: -1 | 1): void;
 
   protected repaint(): void {
+    if (!this.started) {
+      this.started = true;
+      this.start();
+    }
     this.paintedVersion = this.context.store.version;
     this.paintedAt = pageNow();
     if (this.figure) {

@@ -144,9 +144,7 @@ export class PromptBox implements View {
         field(trans.__('Parallel'), this.parallel, trans.__('So many requests with this prompt at once')),
         tick(trans.__('to the limit'), this.toLimit, trans.__('Go on even where the model would stop')),
         tick(trans.__('plain text'), this.plain, trans.__('Continue the text as it is, without a chat template')),
-        h('span', { class: 'iw-spring' }),
-        this.stop,
-        this.start
+        h('span', { class: 'iw-prompt-buttons' }, this.stop, this.start)
       ),
       this.refusal
     );

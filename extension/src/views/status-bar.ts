@@ -95,7 +95,7 @@ export class StatusBar implements View {
     const connected = status.state === 'connected';
     let level: Level;
     let text: string;
-    let reason = '';
+    let reason: string;
     let fraction: number | null | undefined;
     if (!connected) {
       level = status.state === 'failed' ? 'bad' : status.state === 'closed' ? 'off' : 'busy';
@@ -115,16 +115,13 @@ export class StatusBar implements View {
     } else if (engine === null || engine.state === 'ready') {
       level = 'good';
       text = trans.__('Ready');
-      // A restart behind us is worth knowing of, until the reader has seen the next run.
-      reason = engine?.message ?? '';
+      // After a restart the message says what happened; otherwise there is nothing to explain.
+      reason = engine && engine.restarts > 0 ? engine.message : '';
     } else if (engine.state === 'loading' || engine.state === 'starting') {
       level = 'busy';
       fraction = engine.fraction;
       const stage = engine.stage || engine.message;
-      text =
-        fraction === null
-          ? trans.__('Loading')
-          : trans.__('Loading %1 %', Math.round(fraction * 100));
+      text = fraction === null ? trans.__('Loading') : trans.__('Loading %1 %', Math.round(fraction * 100));
       reason = stage ? trans.__('Engine: %1', stage) : '';
       if (engine.stage && engine.message) {
         reason += ` · ${engine.message}`;

@@ -40,7 +40,7 @@ export abstract class StepPlot extends Plot {
     if (this.xRange && newest && all.length > 0) {
       const first = all[0].event.step;
       const last = newest.event.step;
-      this.xRange.start = Math.min(first, last - 40) - 1;
+      this.xRange.start = Math.min(first, Math.max(0, last - 40)) - 1;
       this.xRange.end = last + 1;
     }
   }

@@ -1,10 +1,11 @@
 /** Every switch the server has, drawn from its own description, with what flipping it costs and what it did cost. */
 
 import type { Cost, FeatureSpec, FeatureValue } from '../telemetry/protocol';
-import { currentValue, describeSwitch } from '../telemetry/store';
+import { currentValue } from '../telemetry/store';
 import { h, setText, uniqueId } from './dom';
 import type { Translation } from './translation';
 import type { View, ViewContext } from './view';
+import { describeSwitch, valueName } from './words';
 
 interface Control {
   spec: FeatureSpec;
@@ -27,10 +28,32 @@ export class Switchboard implements View {
   constructor(private readonly context: ViewContext) {
     const { trans } = context;
     this.wait = h('p', { class: 'iw-empty', text: trans.__('The switches appear when the engine is ready.') });
+    const explain = h('button', {
+      class: 'iw-button iw-button-quiet',
+      text: trans.__('Explain'),
+      title: trans.__('Show or hide what each switch does'),
+      attrs: { type: 'button', 'aria-pressed': 'false', 'data-action': 'explain' },
+      on: {
+        click: () => {
+          // Wide views explain by themselves; the button turns around whatever is shown now.
+          const text = this.list.querySelector<HTMLElement>('.iw-switch-text');
+          const shown = text !== null && text.checkVisibility();
+          this.element.dataset.explain = shown ? 'no' : 'yes';
+          explain.setAttribute('aria-pressed', String(!shown));
+        }
+      }
+    });
     this.element = h(
       'section',
       { class: 'iw-card iw-switchboard', attrs: { 'aria-label': trans.__('Switchboard') } },
-      h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Switches') }), h('span', { class: 'iw-spring' }), this.epoch),
+      h(
+        'div',
+        { class: 'iw-card-head' },
+        h('h3', { text: trans.__('Switches') }),
+        this.epoch,
+        h('span', { class: 'iw-spring' }),
+        explain
+      ),
       this.wait,
       this.list
     );
@@ -109,7 +132,11 @@ export class Switchboard implements View {
         'div',
         { class: 'iw-switch-line' },
         h('label', { class: 'iw-switch-title', text: spec.title, attrs: { for: id } }),
-        h('span', { class: `iw-cost iw-cost-${spec.cost}`, text: costName(spec.cost, trans), title: costMeaning(spec.cost, trans) }),
+        h('span', {
+          class: `iw-cost iw-cost-${spec.cost}`,
+          text: costName(spec.cost, trans),
+          title: costMeaning(spec.cost, trans)
+        }),
         h('span', { class: 'iw-spring' }),
         input.element
       ),
@@ -120,7 +147,9 @@ export class Switchboard implements View {
         ' ',
         h('span', { class: 'iw-switch-cost', text: costMeaning(spec.cost, trans) })
       ),
-      spec.available ? null : h('div', { class: 'iw-unavailable', text: trans.__('Not here: %1', spec.unavailable_reason ?? '') }),
+      spec.available
+        ? null
+        : h('div', { class: 'iw-unavailable', text: trans.__('Not here: %1', spec.unavailable_reason ?? '') }),
       result
     );
     return {
@@ -147,7 +176,7 @@ export class Switchboard implements View {
     } else {
       const last = [...store.epochs.values()].filter(each => each.changed.includes(name)).at(-1);
       if (last) {
-        text = `${trans.__('epoch %1', last.epoch)} · ${describeSwitch(last)}`;
+        text = `${trans.__('epoch %1', last.epoch)} · ${describeSwitch(last, trans)}`;
       }
     }
     control.result.classList.toggle('iw-refusal', !pending && refusal !== undefined);
@@ -175,7 +204,7 @@ function boolInput(id: string, trans: Translation, set: (value: boolean) => void
     focusable: input,
     show: value => {
       input.checked = value === true;
-      setText(state, value === true ? trans.__('on') : trans.__('off'));
+      setText(state, valueName(value, trans));
     },
     disable: disabled => {
       input.disabled = disabled;

@@ -12,12 +12,13 @@ export interface Theme {
 export function readTheme(element: HTMLElement): Theme {
   const style = getComputedStyle(element);
   const read = (name: string, fallback: string) => style.getPropertyValue(name).trim() || fallback;
-  const ground = read('--iw-ground', '#ffffff');
+  const ground = plain(read('--iw-ground', '#ffffff'), '#ffffff');
+  const colour = (name: string, fallback: string) => plain(read(name, fallback), ground);
   return {
     dark: brightness(ground) < 0.5,
-    ink: read('--iw-ink', '#1f2328'),
-    softInk: read('--iw-soft-ink', '#59636e'),
-    line: read('--iw-line', '#d0d7de'),
+    ink: colour('--iw-ink', '#1f2328'),
+    softInk: colour('--iw-soft-ink', '#59636e'),
+    line: colour('--iw-line', '#d0d7de'),
     ground,
     font: read('--iw-font', 'sans-serif')
   };
@@ -46,14 +47,22 @@ export function watchTheme(listener: () => void): () => void {
   };
 }
 
-/** 0 (black) to 1 (white) of any CSS colour. */
-function brightness(colour: string): number {
+/** Any CSS colour, over `ground` where it is translucent, as `#rrggbb`: BokehJS does not know `color-mix()`. */
+function plain(colour: string, ground: string): string {
   const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
   if (!context) {
-    return 1;
+    return ground;
   }
-  context.fillStyle = colour;
-  context.fillRect(0, 0, 1, 1);
-  const [r, g, b] = context.getImageData(0, 0, 1, 1).data;
+  for (const layer of [ground, colour]) {
+    context.fillStyle = layer;
+    context.fillRect(0, 0, 1, 1);
+  }
+  const channels = [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+  return '#' + channels.map(channel => channel.toString(16).padStart(2, '0')).join('');
+}
+
+/** 0 (black) to 1 (white) of `#rrggbb`. */
+function brightness(colour: string): number {
+  const [r, g, b] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16));
   return (0.299 * r + 0.587 * g + 0.114 * b) / 255;
 }

@@ -52,7 +52,12 @@ export class Tiles implements View {
       )
     );
     this.meterFilled = h('div', { class: 'iw-meter-filled' });
-    this.meter = h('div', { class: 'iw-meter', attrs: { 'aria-hidden': 'true' } }, h('div', { class: 'iw-meter-used' }), this.meterFilled);
+    this.meter = h(
+      'div',
+      { class: 'iw-meter', attrs: { 'aria-hidden': 'true' } },
+      h('div', { class: 'iw-meter-used' }),
+      this.meterFilled
+    );
     this.kv.element.append(this.meter);
     this.element = h(
       'section',
@@ -96,7 +101,9 @@ export class Tiles implements View {
     setText(this.kv.unit, metrics.kvBlocks === null ? '' : '%');
     setText(
       this.kv.note,
-      metrics.kvBlocks === null ? trans.__('no step yet') : trans.__('blocks used · %1 of slots filled', percent(filled))
+      metrics.kvBlocks === null
+        ? trans.__('no step yet')
+        : trans.__('blocks used · %1 of slots filled', percent(filled))
     );
     this.meter.style.setProperty('--iw-used', String(used));
     this.meter.style.setProperty('--iw-filled', String(filled));
@@ -110,7 +117,12 @@ export class Tiles implements View {
     const element = h(
       'div',
       { class: `iw-tile iw-tile-${name}`, attrs: { role: 'group', 'aria-label': label } },
-      h('div', { class: 'iw-tile-label' }, h('span', { text: label }), measuredBadge(this.context.trans, label, definition)),
+      h(
+        'div',
+        { class: 'iw-tile-label' },
+        h('span', { text: label }),
+        measuredBadge(this.context.trans, label, definition)
+      ),
       h('div', { class: 'iw-tile-value' }, number, unit),
       note
     );

@@ -3,7 +3,6 @@
  * request. A token pointed at, or reached by the arrow keys, is described in the line below.
  */
 
-import { Kind } from '../telemetry/protocol';
 import type { RequestRecord, TokenRecord } from '../telemetry/store';
 import { isActive } from '../telemetry/store';
 import { percentile } from '../telemetry/statistics';
@@ -11,6 +10,7 @@ import { HEAT_DARK, HEAT_LIGHT, LATENCY_EDGES_MS, latencyClass } from './colours
 import { h, setText, uniqueId } from './dom';
 import { duration } from './format';
 import type { View, ViewContext } from './view';
+import { changes, kindName } from './words';
 
 const MAX_ROWS = 8;
 /** Older tokens of a row are folded away: thousands of elements would slow the page. */
@@ -29,6 +29,8 @@ interface Row {
   next: number;
   lastEpoch: number | null;
   follow: boolean;
+  /** Got tokens in this update. */
+  grown: boolean;
 }
 
 export class TokenStrip implements View {
@@ -46,7 +48,9 @@ export class TokenStrip implements View {
     const { trans } = context;
     this.empty = h('p', {
       class: 'iw-empty',
-      text: trans.__('Nothing generated yet. Press Generate above, or send a request from a notebook or any OpenAI client.')
+      text: trans.__(
+        'Nothing generated yet. Press Generate above, or send a request from a notebook or any OpenAI client.'
+      )
     });
     this.rowsElement = h('div', { class: 'iw-strip-rows' });
     this.details = h('p', { class: 'iw-details', attrs: { 'aria-live': 'polite' } });
@@ -113,6 +117,14 @@ export class TokenStrip implements View {
       }
       this.fillRow(row, request);
     });
+    // All rows are written before the first is measured: measuring makes the browser lay out the page.
+    for (const row of this.rows.values()) {
+      if (row.grown && row.follow) {
+        row.text.scrollTop = 1e6;
+      }
+      row.grown = false;
+    }
+    this.rowsElement.classList.toggle('iw-many', shown.length > 2);
     const hidden = [...store.requests.values()].filter(isActive).length - shown.filter(isActive).length;
     this.more.hidden = hidden <= 0;
     setText(this.more, hidden > 0 ? trans.__('%1 more requests are running and not shown here.', hidden) : '');
@@ -122,24 +134,15 @@ export class TokenStrip implements View {
     this.stopSelection();
   }
 
-  /** Running requests first, newest last; then the most recent ended ones, as long as there is room. */
+  /** What runs, and those that came together with the newest; then the most recent ended ones, up to three in all. */
   private choose(): RequestRecord[] {
     const all = [...this.context.store.requests.values()].filter(each => each.tokens.length > 0 || isActive(each));
     all.sort((a, b) => b.handle - a.handle);
-    const active = all.filter(isActive).slice(0, MAX_ROWS);
-    const group = all[0];
-    const recent =
-      active.length > 0
-        ? active
-        : all.filter(each => each === group || (group.event && each.event?.arrival_ns === group.event.arrival_ns));
-    const shown = new Set(recent.slice(0, MAX_ROWS));
-    for (const each of all) {
-      if (shown.size >= Math.min(MAX_ROWS, Math.max(3, recent.length))) {
-        break;
-      }
-      shown.add(each);
-    }
-    return [...shown].sort((a, b) => b.handle - a.handle);
+    const burst = all[0]?.event?.arrival_ns;
+    const wanted = (each: RequestRecord) => isActive(each) || (burst !== undefined && each.event?.arrival_ns === burst);
+    const shown = [...all.filter(wanted), ...all.filter(each => !wanted(each)).slice(0, 3)];
+    const count = Math.max(3, all.filter(wanted).length);
+    return shown.slice(0, Math.min(MAX_ROWS, count)).sort((a, b) => b.handle - a.handle);
   }
 
   private makeRow(handle: number): Row {
@@ -169,7 +172,8 @@ export class TokenStrip implements View {
       tokens: [],
       next: 0,
       lastEpoch: null,
-      follow: true
+      follow: true,
+      grown: false
     };
     text.addEventListener('mouseover', event => {
       const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
@@ -237,9 +241,7 @@ export class TokenStrip implements View {
         row.folded.hidden = false;
         setText(row.folded, trans.__('… %1 earlier tokens ', row.tokens[0].index));
       }
-      if (row.follow) {
-        row.text.scrollTop = row.text.scrollHeight;
-      }
+      row.grown = true;
     }
   }
 
@@ -279,7 +281,7 @@ export class TokenStrip implements View {
   private switchMark(epoch: number): HTMLElement {
     const { trans, store } = this.context;
     const event = store.epochs.get(epoch);
-    const what = event?.changed.map(name => `${name} ${say(event.values[name])}`).join(', ');
+    const what = event ? changes(event, trans) : '';
     return h('span', { class: 'iw-switch-mark', text: what || trans.__('epoch %1', epoch) });
   }
 
@@ -309,7 +311,10 @@ export class TokenStrip implements View {
     const { trans, store } = this.context;
     this.details.classList.toggle('iw-quiet', token === null);
     if (token === null) {
-      setText(this.details, trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.'));
+      setText(
+        this.details,
+        trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.')
+      );
       return;
     }
     const prompt = store.requests.get(token.request)?.event?.prompt_tokens;
@@ -338,21 +343,6 @@ export class TokenStrip implements View {
   }
 }
 
-export function kindName(kind: Kind, trans: ViewContext['trans']): string {
-  switch (kind) {
-    case Kind.Prefill:
-      return trans.__('prefill');
-    case Kind.Decode:
-      return trans.__('decode');
-    case Kind.Recompute:
-      return trans.__('recompute');
-    case Kind.Draft:
-      return trans.__('draft');
-    case Kind.Verify:
-      return trans.__('verify');
-  }
-}
-
 function tokenSpan(token: TokenRecord): HTMLElement {
   const look = token.index === 0 ? 'iw-first' : `iw-heat-${latencyClass(token.latencyNs / 1e6)}`;
   return h('span', { class: `iw-token ${look}`, text: token.text === '' ? '·' : token.text });
@@ -360,8 +350,4 @@ function tokenSpan(token: TokenRecord): HTMLElement {
 
 function visible(text: string): string {
   return text.replaceAll('\n', '↵').replaceAll('\t', '⇥') || '·';
-}
-
-function say(value: boolean | number | string): string {
-  return value === true ? 'on' : value === false ? 'off' : String(value);
 }

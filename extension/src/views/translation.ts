@@ -6,5 +6,6 @@ export interface Translation {
 }
 
 export const untranslated: Translation = {
-  __: (text, ...values) => text.replace(/%(\d+)/g, (match, digits: string) => String(values[Number(digits) - 1] ?? match))
+  __: (text, ...values) =>
+    text.replace(/%(\d+)/g, (match, digits: string) => String(values[Number(digits) - 1] ?? match))
 };

@@ -58,7 +58,10 @@ export class Workbench {
   ) {
     const trans = options.trans ?? untranslated;
     const { store } = connection;
-    this.element = h('div', { class: 'iw-workbench', attrs: { role: 'region', 'aria-label': trans.__('Inference Workbench') } });
+    this.element = h('div', {
+      class: 'iw-workbench',
+      attrs: { role: 'region', 'aria-label': trans.__('Inference Workbench') }
+    });
     this.context = {
       store,
       connection,
@@ -83,7 +86,7 @@ export class Workbench {
     const strip = new TokenStrip(this.context);
     this.plots = [new LatencyPlot(this.context), new BatchPlot(this.context), new KvPlot(this.context)];
     const feed = new EventFeed(this.context);
-    this.views = [status, tiles, prompt, this.switchboard, strip, ...this.plots, feed];
+    this.views = [status, tiles, prompt, this.switchboard, strip, feed];
     this.windowButtons = WINDOWS.map(seconds =>
       h('button', {
         class: 'iw-window',
@@ -95,24 +98,32 @@ export class Workbench {
     this.element.append(
       status.element,
       h(
-        'main',
+        'div',
         { class: 'iw-body' },
         tiles.element,
-        h('div', { class: 'iw-controls' }, prompt.element, this.switchboard.element),
+        prompt.element,
+        this.switchboard.element,
         strip.element,
         h(
           'div',
-          { class: 'iw-plots-head' },
-          h('h2', { text: trans.__('Steps and tokens') }),
-          h('span', { class: 'iw-spring' }),
+          { class: 'iw-plots-area' },
           h(
             'div',
-            { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') } },
-            h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
-            ...this.windowButtons
-          )
-        ),
-        h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
+            { class: 'iw-plots-head' },
+            h('h2', { text: trans.__('Steps and tokens') }),
+            h('span', { class: 'iw-spring' }),
+            h(
+              'div',
+              {
+                class: 'iw-windows',
+                attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') }
+              },
+              h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
+              ...this.windowButtons
+            )
+          ),
+          h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
+        )
       )
     );
     this.setWindow(options.windowSeconds ?? 30);
@@ -168,25 +179,28 @@ export class Workbench {
     }
     this.stops.forEach(stop => stop());
     this.loop.dispose();
-    this.views.forEach(view => view.dispose?.());
+    [...this.views, ...this.plots].forEach(view => view.dispose?.());
     this.element.remove();
   }
 
   private paint(): void {
     this.views.forEach(view => view.update());
+    // One plot at a time, the one that waited longest: three canvases in one frame would hold up the tokens.
+    const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt)[0];
+    due?.update();
     // Plots repaint less often than the loop runs; the last data must still arrive in them.
     if (this.tail === null && this.plots.some(plot => plot.stale)) {
       this.tail = setTimeout(() => {
         this.tail = null;
         this.loop.request();
-      }, 220);
+      }, 70);
     }
   }
 
   private restyle(): void {
     this.context.theme = readTheme(this.element);
     this.element.dataset.dark = String(this.context.theme.dark);
-    this.views.forEach(view => view.restyle?.());
+    [...this.views, ...this.plots].forEach(view => view.restyle?.());
     this.loop.request();
   }
 }

@@ -16,10 +16,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from platformdirs import user_log_path
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.websockets import WebSocket
 
-from inference_server.front.auth import Gate
+from inference_server.front.auth import TOKEN_HEADER, Gate
 from inference_server.front.control_api import ControlApi
 from inference_server.front.errors import ApiError
 from inference_server.front.event_log import EventLog
@@ -132,10 +133,8 @@ def create_app(front: Front) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await front.supervisor.start()
-        try:
-            yield
-        finally:
-            await front.supervisor.close()
+        yield
+        await front.supervisor.close()
 
     app = FastAPI(
         title="Inference Workbench",
@@ -152,6 +151,14 @@ def create_app(front: Front) -> FastAPI:
         allowed_origins=settings.allowed_origins,
         max_body_bytes=settings.max_body_bytes,
     )
+    if settings.allowed_origins:  # answers the browser's preflight requests, which carry no token, before the gate
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "PATCH"],
+            allow_headers=["Authorization", "Content-Type", TOKEN_HEADER],
+            expose_headers=["X-Request-Id"],
+        )
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid_body)
     app.add_exception_handler(HTTPException, _answer_http_exception)
@@ -166,6 +173,13 @@ def create_app(front: Front) -> FastAPI:
 
     app.add_api_websocket_route("/telemetry", telemetry)
     return app
+
+
+# Where several types are possible, the complaint about one of them would mislead.
+_UNION_FIELDS = {
+    "prompt": "'prompt' is a text, a list of token ids, a list of texts, or a list of lists of token ids.",
+    "stop": "'stop' is a text of one character at least, or a list of up to 16 of them.",
+}
 
 
 def _log_folder() -> Path:
@@ -194,7 +208,7 @@ async def _answer_invalid_body(_request: Request, error: Exception) -> Response:
         return _answer(ApiError(422, f"The body must be a JSON object: {first['msg']}.", code="invalid_body"))
     field = place[0]
     where = ".".join(place)
-    message = f"{where!r}: {first['msg']}."
+    message = _UNION_FIELDS.get(field) or f"{where!r}: {first['msg']}."
     if len(problems) > 1:
         others = sorted({str(p["loc"][1]) for p in problems[1:] if len(p["loc"]) > 1} - {field})
         message += f" Also wrong: {', '.join(others)}." if others else ""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_server.front.errors import ApiError
@@ -150,7 +151,9 @@ def _bounded(receive: Receive, limit: int) -> Receive:
         if message["type"] == "http.request":
             total += len(message.get("body", b""))
             if total > limit:
-                raise _too_large(limit)
+                error = _too_large(limit)
+                # The framework passes this class on as it is, and turns any other into a plain 400.
+                raise HTTPException(error.status, error.detail.message)
         return message
 
     return bounded

@@ -119,7 +119,13 @@ class ChatTemplate:
         except jinja2.exceptions.TemplateError as error:
             raise ChatTemplateError(f"The model's chat template cannot be compiled: {error}") from error
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the conversation as the model's prompt.
 
         Parameters
@@ -128,8 +134,8 @@ class ChatTemplate:
             ``{"role": …, "content": …}`` and whatever else the template reads, plain JSON values only.
         add_generation_prompt
             End with the header of an assistant's message.
-        **variables
-            Further template variables; they win over the special tokens.
+        variables
+            Further template variables; they win over everything but the messages.
 
         Raises
         ------
@@ -137,10 +143,15 @@ class ChatTemplate:
             If the template refuses the conversation or fails on it.
         """
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        scope = {**self._special_tokens, **variables}
+        scope = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **(variables or {}),
+            "messages": present,
+        }
         try:
-            return self._template.render(
-                messages=present, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **scope
-            )
+            return self._template.render(scope)
         except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ChatTemplateError(f"The model's chat template refuses this conversation: {error}") from error

@@ -120,7 +120,7 @@ class EngineProcess:
                     stdout=log,
                     stderr=log,
                     pass_fds=(line.child_fd,),
-                    env={k: v for k, v in os.environ.items() if k not in _SECRETS} | line.environment,
+                    env=_environment() | line.environment,
                     start_new_session=True,  # Ctrl-C at a terminal is the front's to handle
                 )
         except BaseException as error:  # cancellation too: leaving the lifeline's block has ended a child already there
@@ -200,6 +200,12 @@ class EngineProcess:
         if words := self.last_words():
             message += f"\nIts last output:\n{words}"
         return f"{message}\nIts whole output is in {self.log_path}."
+
+
+def _environment() -> dict[str, str]:
+    """Return the engine's environment: no secrets, and last words that are not lost in a buffer."""
+    kept = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def _signal_name(number: int) -> str:

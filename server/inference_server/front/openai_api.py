@@ -112,7 +112,8 @@ class OpenAiApi:
             try:
                 text = tokenizer.chat_template.render(
                     messages,
-                    **{"add_generation_prompt": body.add_generation_prompt, **(body.chat_template_kwargs or {})},
+                    add_generation_prompt=body.add_generation_prompt,
+                    variables=body.chat_template_kwargs,
                 )
             except ChatTemplateError as error:
                 raise ApiError(400, str(error), param="messages") from error

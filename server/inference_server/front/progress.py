@@ -18,13 +18,13 @@ class EngineProgress:
         self._bar: Progress | None = None
         self._said = ""
 
-    def announce(self, *, url: str | None, uds: str | None, token: str) -> None:
+    def announce(self, *, url: str | None, uds: str | None, token: str | None) -> None:
         """Say where the server is."""
         if url is None:
             self._console.print(f"Inference Workbench listens on the Unix socket {uds}")
             return
         self._console.print("Inference Workbench is at", style="bold")
-        self._console.print(f"    {url}/?token={token}", markup=False)
+        self._console.print(f"    {url}/?token={token}" if token else f"    {url}", markup=False)
         self._console.print(f"    OpenAI API: {url}/v1 with the token as the API key. Stop with Ctrl-C.", markup=False)
 
     def show(self, event: EngineEvent) -> None:

@@ -7,6 +7,7 @@ same time can connect while the engine is loading.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 import structlog
@@ -47,8 +49,12 @@ def run(settings: Settings) -> None:
         If the address cannot be listened on or the settings are wrong.
     """
     if settings.origin != "cli":
-        # There is an engine to end and a file to remove; the timer below sees to it that this cannot take for ever.
-        die_with_parent(signal.SIGTERM)
+        # There is an engine to end and a file to remove; a timer sees to it that this cannot take for ever. A notebook
+        # may have started us from a thread that ends long before it does.
+        die_with_parent(signal.SIGTERM, even_if_hung=False)
+    # Uvicorn ends by raising the signal again; without a handler that would skip everything below that tidies up.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    sys.stderr = _UnbreakableStream(sys.stderr)
     configure_logging(settings.log_level)
     with _listening(settings) as listener:
         url = None if settings.uds else f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -67,8 +73,10 @@ def run(settings: Settings) -> None:
                 ws_per_message_deflate=False,
                 ws_max_size=1 << 20,
                 timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=75,
                 server_header=False,
-            )
+            ),
+            front,
         )
         info = discovery.publish(
             ServerFile(
@@ -84,7 +92,8 @@ def run(settings: Settings) -> None:
             )
         )
         try:
-            progress.announce(url=url, uds=settings.uds, token=settings.token)
+            # What Jupyter or a kernel starts writes into their logs, where the token has no place.
+            progress.announce(url=url, uds=settings.uds, token=settings.token if settings.origin == "cli" else None)
             server.run(sockets=[listener])
         finally:
             discovery.withdraw(info)
@@ -115,8 +124,54 @@ def configure_logging(level: str) -> None:
     )
 
 
+class _UnbreakableStream(io.TextIOBase):
+    """Standard error for a process that may outlive whoever reads it: what cannot be written is dropped.
+
+    Without this, a message to a closed pipe or terminal would end the very code that has an engine to end.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Encoding of the stream behind."""
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        """Write, if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Everything is flushed when it is written."""
+
+    def isatty(self) -> bool:
+        """Whether a person sees it."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream behind."""
+        return self._stream.fileno()
+
+
+def _exit_on_signal(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 class _Server(uvicorn.Server):
-    """Uvicorn that ends its streams with the engine when told to stop, and ends for good if that takes too long."""
+    """Uvicorn that ends the engine, and with it every stream, when told to stop; for good if that takes too long."""
+
+    def __init__(self, config: uvicorn.Config, front: Front) -> None:
+        super().__init__(config)
+        self._front = front
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell whoever waits for the engine that it ends, then close the connections."""
+        await self._front.supervisor.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Handle SIGINT and SIGTERM."""

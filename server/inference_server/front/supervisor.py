@@ -53,6 +53,8 @@ from inference_server.protocol import (
 _log = structlog.get_logger(__name__)
 
 _WATCH_S = 0.5
+_QUIET_S = 0.25
+"""When nothing has come for so long from an engine that has ended, nothing more will."""
 _PINGS_AT_START = 8
 _PING_GAP_S = 0.02
 _PING_EVERY_S = 10.0
@@ -329,7 +331,7 @@ class EngineSupervisor:
             status = await process.wait()
             # What it said before it died is still in the socket.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(), 1.0)
+                await asyncio.wait_for(self._drained(), 2.0)
         finally:
             for task in tasks:
                 task.cancel()
@@ -345,7 +347,7 @@ class EngineSupervisor:
         heard = -1.0
         while heard != self._last_heard_s:
             heard = self._last_heard_s
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(_QUIET_S)
 
     async def _listen(self, process: EngineProcess) -> None:
         while True:

@@ -62,9 +62,9 @@ class SimulatedCache:
             end = item.start + item.count
             assert end <= item.request.num_tokens
             for position in range(end):
-                assert self.slots[self.slot(item.request, position)] == text_digest(item.request.tokens[: position + 1]), (
-                    f"request {item.request.handle} reads someone else's key at position {position}"
-                )
+                assert self.slots[self.slot(item.request, position)] == text_digest(
+                    item.request.tokens[: position + 1]
+                ), f"request {item.request.handle} reads someone else's key at position {position}"
             if item.sample:
                 sampled.append(next_token(item.request.tokens, item.request.seed))
         return sampled

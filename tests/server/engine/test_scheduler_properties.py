@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 
 import hypothesis.strategies as st
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated_cache import VOCABULARY, SimulatedCache, isolated_output
+
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduler
 from inference_server.features import Features
 from inference_server.protocol import SamplingParams
-from simulated_cache import VOCABULARY, SimulatedCache, isolated_output
 
 EOS = frozenset({7})
-steps_taken = 0
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -83,14 +84,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
     )
     def switch(self, name_value: tuple[str, object]) -> None:
-        import msgspec
-
         self.features = msgspec.structs.replace(self.features, **dict([name_value]))
 
     @rule()
     def switch_kv_cache(self) -> None:
-        import msgspec
-
         self.scheduler.recompute_all()
         self.features = msgspec.structs.replace(self.features, kv_cache=not self.features.kv_cache)
 
@@ -100,8 +97,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._step()
 
     def _step(self) -> bool:
-        global steps_taken
-        steps_taken += 1
         plan = self.scheduler.schedule(self.features)
         assert plan.items or not self.live, "requests are waiting, but nothing was scheduled"
         decodes = sum(item.count for item in plan.items if item.count == 1)

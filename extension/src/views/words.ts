@@ -1,0 +1,91 @@
+/** Sentences that several views say: about switches, requests and the engine. */
+
+import type { EngineEvent, FeaturesEvent, FeatureValue, RequestEvent } from '../telemetry/protocol';
+import { Kind } from '../telemetry/protocol';
+import { count, duration } from './format';
+import type { Translation } from './translation';
+
+/** "on", "off", or the value itself. */
+export function valueName(value: FeatureValue | undefined, trans: Translation): string {
+  return value === true ? trans.__('on') : value === false ? trans.__('off') : String(value);
+}
+
+/** "kv_cache off, max_num_seqs 8". */
+export function changes(
+  event: FeaturesEvent,
+  trans: Translation,
+  title: (name: string) => string = name => name
+): string {
+  return event.changed.map(name => `${title(name)} ${valueName(event.values[name], trans)}`).join(', ');
+}
+
+/** What a switch cost, as measured: "applied in 0.42 ms · caught up after 85.0 ms, 3 requests recomputed 412 tokens". */
+export function describeSwitch(event: FeaturesEvent, trans: Translation): string {
+  const parts = [trans.__('applied in %1', duration(event.apply_ns))];
+  if (event.preempted > 0) {
+    const requests = event.preempted === 1 ? trans.__('1 request') : trans.__('%1 requests', event.preempted);
+    const work = count(event.recompute_tokens);
+    parts.push(
+      event.settled_ns === null
+        ? event.recompute_tokens > 0
+          ? trans.__('%1 catching up on %2 tokens', requests, work)
+          : trans.__('%1 catching up', requests)
+        : event.recompute_tokens > 0
+          ? trans.__(
+              'caught up after %1, %2 recomputed %3 tokens',
+              duration(event.settled_ns - event.applied_ns),
+              requests,
+              work
+            )
+          : trans.__('caught up after %1, %2', duration(event.settled_ns - event.applied_ns), requests)
+    );
+  }
+  return parts.join(' · ');
+}
+
+export function describeRequest(event: RequestEvent, trans: Translation): string {
+  const { request, output_tokens: tokens } = event;
+  switch (event.state) {
+    case 'failed':
+      return trans.__('Request #%1 failed: %2', request, event.error ?? trans.__('no reason was given'));
+    case 'preempted':
+      return trans.__('Request #%1 was preempted after %2 tokens', request, tokens);
+    case 'cancelled':
+      return trans.__('Request #%1 was cancelled after %2 tokens', request, tokens);
+    case 'finished':
+      return event.finish_reason === 'length'
+        ? trans.__('Request #%1 reached its limit of %2 tokens', request, tokens)
+        : trans.__('Request #%1 finished after %2 tokens', request, tokens);
+    case 'queued':
+      return trans.__('Request #%1 is queued', request);
+    case 'running':
+      return trans.__('Request #%1 is running', request);
+  }
+}
+
+export function describeEngine(event: EngineEvent, trans: Translation): string {
+  const states = {
+    starting: trans.__('Engine starting'),
+    loading: trans.__('Engine loading'),
+    ready: trans.__('Engine ready'),
+    failed: trans.__('Engine failed'),
+    restarting: trans.__('Engine restarting'),
+    stopped: trans.__('Engine stopped')
+  };
+  return event.message ? `${states[event.state]}: ${event.message}` : states[event.state];
+}
+
+export function kindName(kind: Kind, trans: Translation): string {
+  switch (kind) {
+    case Kind.Prefill:
+      return trans.__('prefill');
+    case Kind.Decode:
+      return trans.__('decode');
+    case Kind.Recompute:
+      return trans.__('recompute');
+    case Kind.Draft:
+      return trans.__('draft');
+    case Kind.Verify:
+      return trans.__('verify');
+  }
+}

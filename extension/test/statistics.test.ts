@@ -1,0 +1,53 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+
+import { ClockOffset } from '../src/telemetry/clock';
+import { Ring } from '../src/telemetry/ring';
+import { minMaxIndices, percentile, robustLine } from '../src/telemetry/statistics';
+
+test('percentiles interpolate as numpy does', () => {
+  assert.equal(percentile([4, 1, 3, 2], 0.5), 2.5);
+  assert.equal(percentile([1, 2, 3, 4, 5], 0.95), 4.8);
+  assert.equal(percentile([], 0.5), null);
+});
+
+test('a robust line ignores a few stalls', () => {
+  const xs = Array.from({ length: 100 }, (_, index) => index);
+  const ys = xs.map(x => 5 + 0.25 * x + (x % 10 === 0 ? 300 : 0));
+  const line = robustLine(xs, ys)!;
+  assert.ok(Math.abs(line.slope - 0.25) < 1e-9);
+  assert.ok(Math.abs(line.intercept - 5) < 1e-6);
+});
+
+test('thinning keeps each stall and stays in order', () => {
+  const values = Array.from({ length: 5000 }, (_, index) => (index === 3217 ? 900 : 20));
+  const kept = minMaxIndices(values, 100);
+  assert.ok(kept.length <= 200);
+  assert.ok(kept.includes(3217));
+  assert.deepEqual(
+    kept,
+    [...kept].sort((a, b) => a - b)
+  );
+});
+
+test('a ring forgets the oldest first', () => {
+  const ring = new Ring<number>(3);
+  const forgotten = [1, 2, 3, 4, 5].map(value => ring.push(value));
+  assert.deepEqual(forgotten, [undefined, undefined, undefined, 1, 2]);
+  assert.deepEqual(ring.last(2), [4, 5]);
+  assert.equal(ring.at(0), 3);
+  assert.equal(ring.at(-1), 5);
+  assert.equal(ring.at(3), undefined);
+  assert.throws(() => new Ring(0), RangeError);
+});
+
+test('the clock offset comes from the quickest exchange', () => {
+  const clock = new ClockOffset();
+  assert.equal(clock.serverTime(10), null);
+  clock.add(0, 40, 1_000e6); // a slow one, off by up to 20 ms
+  clock.add(100, 102, 1_101e6 + 5e6); // a quick one: server is 1005 ms ahead
+  assert.equal(clock.serverTime(200), 200e6 + 1005e6);
+  assert.equal(clock.uncertaintyMs, 1);
+  clock.reset();
+  assert.equal(clock.known, false);
+});

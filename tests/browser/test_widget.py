@@ -1,0 +1,50 @@
+"""The same views as a widget in a notebook: a real kernel, the real server, frames through the kernel's comm."""
+
+from __future__ import annotations
+
+import json
+
+from jupyterlab import JupyterLab
+from playwright.sync_api import Page, expect
+from workbench_page import LOADED_MS, finished, generate, produced, stats, wait_ready, wait_tokens
+
+CELLS = (
+    "import inference_workbench as iw\nwb = iw.connect()\npanel = wb.panel()\npanel",
+    "panel.kv_cache = False\nprint('kv cache is', panel.kv_cache)",
+    "panel.kv_cache = True\nprint('again', panel.kv_cache)",
+)
+
+
+def write_notebook(lab: JupyterLab, name: str) -> None:
+    cells = [
+        {"cell_type": "code", "id": f"cell{at}", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
+        for at, source in enumerate(CELLS)
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (lab.folder / "root" / name).write_text(json.dumps(content))
+
+
+def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, lab: JupyterLab) -> None:
+    write_notebook(lab, "widget.ipynb")
+    page.goto(lab.page("lab/tree/widget.ipynb", reset=""))
+    notebook = page.locator(".jp-NotebookPanel")
+    expect(notebook.locator(".jp-Toolbar-kernelName")).to_contain_text("Python 3", timeout=LOADED_MS)
+    expect(notebook.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute("data-status", "idle", timeout=LOADED_MS)
+    notebook.locator(".jp-Cell").first.click()
+    page.keyboard.press("Shift+Enter")
+    widget = wait_ready(page, ".iw-widget")
+    generate(widget, "story", tokens=60)
+    wait_tokens(page, 5)
+    # Python sets the trait; the widget's switch follows, and so does the server.
+    page.keyboard.press("Escape")
+    notebook.locator(".jp-Cell").nth(1).click()
+    page.keyboard.press("Shift+Enter")
+    expect(notebook.locator(".jp-OutputArea-output", has_text="kv cache is False")).to_be_visible(timeout=LOADED_MS)
+    expect(widget.locator("[data-feature=kv_cache] .iw-toggle")).not_to_be_checked()
+    page.keyboard.press("Shift+Enter")
+    expect(notebook.locator(".jp-OutputArea-output", has_text="again True")).to_be_visible(timeout=LOADED_MS)
+    expect(widget.locator("[data-feature=kv_cache] .iw-toggle")).to_be_checked()
+    finished(widget)
+    assert produced(widget)[0] > 5
+    assert stats(page)["count"] > 0
