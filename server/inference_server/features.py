@@ -25,11 +25,15 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be switched while serving. Defaults are what a user wants who never opens the switchboard."""
 
     kv_cache: bool = True
+    kv_layout: str = "paged"
+    block_size: int = 16
     prefix_cache_read: bool = True
     prefix_cache_write: bool = True
     batching: str = "continuous"
     scheduling_policy: str = "fcfs"
     chunked_prefill: bool = True
+    preemption: str = "recompute"
+    response_cache: bool = False
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     fast_path: bool = True
@@ -51,6 +55,30 @@ SPECS: tuple[FeatureSpec, ...] = (
             "Keep every token's keys and values. Off, each new token computes all tokens before it again, "
             "so a step takes longer the longer the text is."
         ),
+    ),
+    FeatureSpec(
+        name="kv_layout",
+        title="KV layout",
+        group="Memory",
+        kind="choice",
+        choices=("paged", "contiguous"),
+        default="paged",
+        cost="recompute",
+        description=(
+            "paged: blocks on demand, anywhere, shareable. contiguous: one run of blocks for the longest that a "
+            "request could get, reserved when it starts; what stays unfilled is wasted."
+        ),
+    ),
+    FeatureSpec(
+        name="block_size",
+        title="Block size",
+        group="Memory",
+        kind="int",
+        default=16,
+        minimum=1,
+        maximum=256,
+        cost="recompute",
+        description="Token positions per KV block. Larger blocks waste more of their last one and share less.",
     ),
     FeatureSpec(
         name="prefix_cache_read",
@@ -101,6 +129,28 @@ SPECS: tuple[FeatureSpec, ...] = (
         default=True,
         cost="free",
         description="Spread a long prompt over several steps, so that requests that answer do not stall behind it.",
+    ),
+    FeatureSpec(
+        name="preemption",
+        title="Preemption",
+        group="Batching",
+        kind="choice",
+        choices=("recompute", "swap"),
+        default="recompute",
+        cost="free",
+        description=(
+            "When the KV memory runs out, a request has to give way. recompute: its keys and values are thrown away "
+            "and computed again later. swap: they wait in host memory."
+        ),
+    ),
+    FeatureSpec(
+        name="response_cache",
+        title="Response cache",
+        group="Caching",
+        kind="bool",
+        default=False,
+        cost="free",
+        description="Answer a request that is exactly like an earlier one, greedy or with the same seed, from memory.",
     ),
     FeatureSpec(
         name="max_num_seqs",
@@ -176,7 +226,33 @@ def validate(name: str, value: object, specs: Mapping[str, FeatureSpec]) -> Feat
 def apply(current: Features, values: Mapping[str, object], specs: Mapping[str, FeatureSpec]) -> Features:
     """Return ``current`` with ``values`` replaced, or raise :class:`FeatureError` and change nothing."""
     checked = {name: validate(name, value, specs) for name, value in values.items()}
-    return msgspec.structs.replace(current, **checked)
+    after = msgspec.structs.replace(current, **checked)
+    for conflict in CONFLICTS:
+        if all(getattr(after, name) == value for name, value in conflict.settings.items()):
+            settings = " and ".join(f"{name}={_spell(value)}" for name, value in conflict.settings.items())
+            raise FeatureError(
+                f"{settings} exclude each other: {conflict.reason}. Switch one of them in the same request."
+            )
+    return after
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """Feature values that cannot hold together."""
+
+    settings: dict[str, FeatureValue]
+    reason: str
+
+
+CONFLICTS = (
+    Conflict(
+        {"kv_layout": "contiguous", "prefix_cache_read": True},
+        "a shared prefix lies in blocks of another request, and a contiguous reservation has to be in one piece",
+    ),
+)
+
+
+def _spell(value: FeatureValue) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changed(before: Features, after: Features) -> list[str]:

@@ -1,4 +1,4 @@
-"""What happens before JupyterLab opens: the model is fetched in plain sight, the port is free, the lessons are there."""
+"""What happens before JupyterLab opens: the model is fetched in plain sight, the port is free, the lessons exist."""
 
 from __future__ import annotations
 

@@ -38,6 +38,22 @@ class Kind(IntEnum):
     VERIFY = 4
 
 
+class KvOp(IntEnum):
+    """What happened to a KV block."""
+
+    ALLOCATE = 0
+    HASH = 1
+    """A full block became findable by its prefix."""
+    SHARE = 2
+    """One more request references it."""
+    EVICT = 3
+    """A cached block was given up for an allocation."""
+    FREE = 4
+    """The last reference went; it is cached if it has a hash, else free."""
+    COPY = 5
+    """Copy on write: a shared, partly filled block was duplicated for the request that writes on."""
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=False, tag_field="t"):
     """Base of every message: frozen, and tagged with the field ``t``."""
 
@@ -289,6 +305,15 @@ class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
     finish: list[FinishReason | None]
 
 
+class KvEvents(Message, frozen=True, tag="kv", kw_only=True):
+    """What happened to KV blocks in one step, columnar, in order."""
+
+    step: int
+    op: list[int]
+    """:class:`KvOp`, as a number."""
+    block: list[int]
+
+
 class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     """Everything one step did: sent once per step, encoded off the engine's thread."""
 
@@ -297,6 +322,8 @@ class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     preempted: list[int] = []
     started: list[int] = []
     """Requests that left the queue in this step."""
+    kv_events: KvEvents | None = None
+    """``None`` when no block changed hands."""
 
 
 class RequestFailed(Message, frozen=True, tag="request_failed"):
@@ -452,7 +479,7 @@ class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     failed_requests: int = 0
 
 
-Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent
+Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from inference_server.engine.kv_cache import Copy, SwapDiscard, SwapIn, SwapOut, Transfer
+
 NAME = "inference_workbench_paged"
 
 
@@ -36,6 +38,7 @@ class PagedKVTensors:
         self.dtype = dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._host: dict[int, list[Tensor]] = {}
 
     def reserve(self, shapes: list[tuple[int, int, int]]) -> None:
         """Allocate all layers; ``shapes`` has (KV heads, key size, value size) for each."""
@@ -45,12 +48,30 @@ class PagedKVTensors:
             torch.zeros(slots, heads, size, device=self.device, dtype=self.dtype) for heads, _, size in shapes
         ]
 
-    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole blocks (source, destination) in every layer, in the order given."""
+    def transfer(self, transfers: list[Transfer]) -> None:
+        """Carry out copies between blocks and to and from host memory, in the order given."""
         size = self.block_size
-        for cache in (*self.keys, *self.values):
-            for source, destination in pairs:
-                cache[destination * size : (destination + 1) * size] = cache[source * size : (source + 1) * size]
+        for each in transfers:
+            match each:
+                case Copy(source, destination):
+                    for cache in (*self.keys, *self.values):
+                        cache[destination * size : (destination + 1) * size] = cache[
+                            source * size : (source + 1) * size
+                        ]
+                case SwapOut(handle, blocks, length):
+                    slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
+                    self._host[handle] = [cache[slots].to("cpu") for cache in (*self.keys, *self.values)]
+                case SwapIn(handle, blocks, length):
+                    slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
+                    for cache, saved in zip((*self.keys, *self.values), self._host.pop(handle), strict=True):
+                        cache.index_copy_(0, slots, saved.to(self.device))
+                case SwapDiscard(handle):
+                    self._host.pop(handle, None)
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Host memory that preempted requests occupy."""
+        return sum(tensor.nbytes for saved in self._host.values() for tensor in saved)
 
 
 @dataclass(slots=True)
@@ -129,8 +150,7 @@ def paged_attention(
         raise RuntimeError("paged attention was called outside a step of the engine")
     context = _context
     context.calls += 1
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks are not supported")
+    sinks: Tensor | None = kwargs.get("s_aux")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     q = query[0].transpose(0, 1)  # [T, H, D]
@@ -154,6 +174,7 @@ def paged_attention(
                 mask,
                 scaling,
                 softcap,
+                sinks,
             ).squeeze(2)
     for segment in context.segments:
         rows_ = slice(segment.offset, segment.offset + segment.count)
@@ -169,20 +190,32 @@ def paged_attention(
             mask,
             scaling,
             softcap,
+            sinks,
         )
         output[rows_] = attended[0].transpose(0, 1)
     return output.unsqueeze(0), None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Attention of ``[B, H, Q, D]`` queries on ``[B, KH, K, D]`` keys; ``mask`` is true where attending is allowed."""
-    if softcap is None:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention of ``[B, H, Q, D]`` queries on ``[B, KH, K, D]`` keys; ``mask`` is true where attending is allowed.
+
+    ``softcap`` bounds the scores (Gemma 2); ``sinks`` ``[H]`` are scores of a key that has no value (gpt-oss).
+    """
+    if softcap is None and sinks is None:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh(q @ k.transpose(2, 3) * scaling / softcap) * softcap
+    scores = q @ k.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights[..., : k.shape[2]] @ v
 
 
 def _decode_mask(context: StepContext, window: int | None) -> Tensor:

@@ -14,10 +14,9 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from enum import IntEnum
 from hashlib import blake2b
 
-from inference_server.protocol import KvUsage
+from inference_server.protocol import KvOp, KvUsage
 
 ROOT_HASH = b""
 
@@ -29,22 +28,6 @@ def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     BLAKE2b: finding a colliding prompt, which would read another prompt's cache, is out of reach.
     """
     return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
-
-
-class KvOp(IntEnum):
-    """What happened to a block."""
-
-    ALLOCATE = 0
-    HASH = 1
-    """A full block became findable by its prefix."""
-    SHARE = 2
-    """One more request references it."""
-    EVICT = 3
-    """A cached block was given up for an allocation."""
-    FREE = 4
-    """The last reference went; it is cached if it has a hash, else free."""
-    COPY = 5
-    """Copy on write: a shared, partly filled block was duplicated for the request that writes on."""
 
 
 class BlockPool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -14,13 +14,13 @@ import torch
 from inference_server import features as feature_rules
 from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.cpu.architecture import UnsupportedError
-from inference_server.engine.cpu.path import Compilation
-from inference_server.engine.cpu.path import start as start_fast_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.request import Request
-from inference_server.engine.runner import ModelRunner
+from inference_server.engine.response_cache import Answer, ResponseCache
+from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.scheduler import Scheduler
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
@@ -31,6 +31,7 @@ from inference_server.protocol import (
     FeaturesApplied,
     FeatureSpec,
     FeaturesSettled,
+    KvEvents,
     ModelInfo,
     RequestCancelled,
     RequestFailed,
@@ -40,6 +41,13 @@ from inference_server.protocol import (
     Submit,
 )
 
+if TYPE_CHECKING:  # importing it compiles the kernels
+    from inference_server.engine.cpu.runner import FastRunner
+
+MAX_HOST_BYTES = 8 << 30
+"""Host memory that preempted requests may be swapped to, at most."""
+REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
+"""Features that a request may set for itself."""
 CPU_KV_BYTES = 1 << 30
 """KV memory on a CPU unless told otherwise: 23,000 positions of the default model in float32."""
 
@@ -67,36 +75,39 @@ class Engine:
         Of the CPU kernels, where it was started beforehand.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel, compilation: Compilation | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, compilation: fast_path.Compilation | None = None
+    ) -> None:
         self.config = config
         self.loaded = loaded
-        self.specs: tuple[FeatureSpec, ...] = SPECS
         self.epoch = 0
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
-        self.cache = KVCache(self.capacity.num_blocks, config.block_size)
-        self.scheduler = Scheduler(self.cache, loaded.eos_token_ids)
         self.runner = ModelRunner(loaded.model, tensors)
-        self.fast: Any = None
-        """The :class:`~inference_server.engine.cpu.runner.FastRunner`, where the model has one."""
-        initial = Features()
+        self.fast: FastRunner | None = None
+        unavailable = {}
         try:
-            self.fast = start_fast_path(loaded.model, self.runner, self.capacity.max_model_len, compilation=compilation)
+            self.fast = fast_path.start(loaded.model, self.runner, self.capacity.max_model_len, compilation=compilation)
         except UnsupportedError as error:
-            reason = f"The fast path cannot run this model: {error}."
-            self.specs = tuple(
-                msgspec.structs.replace(spec, default=False, available=False, unavailable_reason=reason)
-                if spec.name == "fast_path"
-                else spec
-                for spec in SPECS
-            )
-            initial = msgspec.structs.replace(initial, fast_path=False)
+            unavailable["fast_path"] = f"The fast path cannot run this model: {error}."
+        defaults = Features(
+            block_size=config.block_size,
+            max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs),
+            fast_path=self.fast is not None,
+        )
+        self.specs = _specs_here(defaults, config, unavailable)
         self._specs = {spec.name: spec for spec in self.specs}
-        self.features = feature_rules.apply(initial, config.features, self._specs)
+        self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
+        self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self._host_bytes = min(MAX_HOST_BYTES, psutil.virtual_memory().available // 8)
+        self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
+        tensors.block_size = self.features.block_size
         self.requests: dict[int, Request] = {}
         self._arrivals = 0
         self._settling: list[_Settling] = []
+        self._responses = ResponseCache()
+        self._replays: list[tuple[Request, Answer]] = []
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress) -> Engine:
@@ -111,13 +122,26 @@ class Engine:
             torch.set_num_threads(config.threads)
         device = loader.resolve_device(config.device)
         dtype = loader.resolve_dtype(config.dtype, device)
-        compilation = Compilation() if device.type == "cpu" else None
+        compilation = fast_path.Compilation() if device.type == "cpu" else None
         located = locate.locate(config.model, progress)
         loaded = loader.load(located, device, dtype, progress)
         progress("reserving the KV cache", 0.95, "")
         if compilation is not None and compilation.running:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
         return cls(config, loaded, compilation)
+
+    @property
+    def cache(self) -> KVCache:
+        """The block tables in use."""
+        return self.scheduler.cache
+
+    def _new_cache(self, features: Features) -> KVCache:
+        slots = self.capacity.num_blocks * self.capacity.block_size
+        host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
+        cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
+        cache.contiguous = features.kv_layout == "contiguous"
+        cache.pool.events = []
+        return cache
 
     # -- what is served ------------------------------------------------------------------------------------------------
 
@@ -204,6 +228,7 @@ class Engine:
             )
         if sampling.json_schema is not None:
             raise RequestError("structured output (json_schema) is not available")
+        overrides = self._overrides(message)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         samples = []
         for index, handle in enumerate(message.requests):
@@ -217,15 +242,46 @@ class Engine:
                     seed=(seed + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF,
                     arrival=self._arrivals + index,
                     priority=message.priority,
+                    prefix_cache_read=overrides.get("prefix_cache_read"),
+                    prefix_cache_write=overrides.get("prefix_cache_write"),
                 )
             )
         self._arrivals += len(samples)
+        self.requests.update((request.handle, request) for request in samples)
+        if overrides.get("response_cache", self.features.response_cache):
+            samples = [request for index, request in enumerate(samples) if not self._replay(request, index)]
+            if not samples:
+                return
         first, rest = samples[0], tuple(samples[1:])
         first.group = rest
         for request in rest:
             request.parent = first
-        self.requests.update((request.handle, request) for request in samples)
         self.scheduler.add(first)
+
+    def _overrides(self, message: Submit) -> dict[str, bool]:
+        """Check the feature values that a request sets for itself."""
+        checked: dict[str, bool] = {}
+        for name, value in message.overrides.items():
+            if name not in REQUEST_OVERRIDES:
+                allowed = ", ".join(sorted(REQUEST_OVERRIDES))
+                raise RequestError(f"a request cannot set the feature {name!r} for itself; it can set {allowed}")
+            try:
+                checked[name] = bool(feature_rules.validate(name, value, self._specs))
+            except FeatureError as error:
+                raise RequestError(str(error)) from error
+        return checked
+
+    def _replay(self, request: Request, sample: int) -> bool:
+        """Answer from the response cache if the answer is known; else see that it will be remembered."""
+        key = ResponseCache.key(tuple(request.tokens), request.sampling, sample)
+        if key is None:
+            return False
+        answer = self._responses.get(key)
+        if answer is None:
+            request.response_key = key
+            return False
+        self._replays.append((request, answer))
+        return True
 
     def cancel(self, handle: int) -> RequestCancelled | None:
         """End a request; ``None`` if it had ended already."""
@@ -233,6 +289,7 @@ class Engine:
         if request is None:
             return None
         self.scheduler.cancel(request)
+        self._replays = [replay for replay in self._replays if replay[0] is not request]
         return RequestCancelled(handle)
 
     def fail_all(self, error: str) -> list[RequestFailed]:
@@ -241,12 +298,13 @@ class Engine:
         for request in self.requests.values():
             self.scheduler.cancel(request)
         self.requests.clear()
+        self._replays.clear()
         self._settling.clear()
         return failed
 
     def has_work(self) -> bool:
         """Whether a step has something to compute."""
-        return self.scheduler.has_work()
+        return bool(self._replays) or self.scheduler.has_work()
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
@@ -262,16 +320,12 @@ class Engine:
         """
         begin = time.monotonic_ns()
         after = feature_rules.apply(self.features, values, self._specs)
-        if after.max_num_seqs > self.capacity.max_num_seqs:
-            raise FeatureError(
-                f"'max_num_seqs' is at most {self.capacity.max_num_seqs} on this server, its capacity at start"
-            )
         names = feature_rules.changed(self.features, after)
         interrupted: set[int] = set()
         lost = 0
-        if "kv_cache" in names:
+        if not self._recompute_features.isdisjoint(names):
             interrupted = {request.handle for request in self.scheduler.running}
-            lost = self.scheduler.recompute_all() or sum(request.num_tokens for request in self.scheduler.running)
+            lost = self._restart_cache(after)
         self.features = after
         self.epoch += bool(names)
         applied = FeaturesApplied(
@@ -290,24 +344,43 @@ class Engine:
             return [applied]
         return [applied, FeaturesSettled(self.epoch, applied.applied_at_ns)]
 
+    def _restart_cache(self, after: Features) -> int:
+        """Go on with an empty cache laid out for ``after``; return how many positions have to be computed again."""
+        before = self.cache
+        cache = self._new_cache(after)
+        longest = max((request.max_total for request in self.requests.values()), default=0)
+        if longest > cache.capacity_tokens:
+            raise FeatureError(
+                f"with blocks of {after.block_size} positions the cache holds {cache.capacity_tokens}, fewer than the "
+                f"{longest} that a running request may need; wait for it to end, or choose a smaller block size"
+            )
+        lost = self.scheduler.replace_cache(cache)
+        self.runner.tensors.block_size = after.block_size
+        self.runner.tensors.transfer(before.transfers)  # nothing but giving up what was swapped out
+        before.transfers = []
+        # Coming from "off" nothing was cached, but now everything that runs is computed once more.
+        uncached = not self.features.kv_cache and after.kv_cache
+        return sum(request.num_tokens for request in self.scheduler.running) if uncached else lost
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[StepReport | None, list[FeaturesSettled]]:
         """Compute one step. Returns its report (``None`` when nothing could be scheduled) and switches that settled."""
+        if self._replays:
+            return self._replay_step(), []
         features, epoch = self.features, self.epoch
         t0 = time.monotonic_ns()
         plan = self.scheduler.schedule(features)
         t1 = time.monotonic_ns()
         if not plan.items:
             return None, []
-        fast = features.fast_path and self.fast is not None
-        runner = self.fast if fast else self.runner
+        runner: Runner = self.fast if self.fast is not None and features.fast_path else self.runner
         packed = runner.prepare(plan)
         t2 = time.monotonic_ns()
         logits = runner.forward(plan, packed)
         t3 = time.monotonic_ns()
         sampling = [item.request for item in plan.items if item.sample]
-        sampled = sampler.sample(logits, sampling, greedy=self.fast.greedy if fast else None)
+        sampled = sampler.sample(logits, sampling, greedy=runner.greedy)
         t4 = time.monotonic_ns()
         indices = [request.num_output for request in sampling]
         reasons = self.scheduler.update(plan, sampled.tokens, features)
@@ -319,8 +392,12 @@ class Engine:
             top=sampled.top,
             finish=reasons,
         )
-        for request in sampling:
+        for row, request in enumerate(sampling):
+            if request.response_key is not None:
+                request.logprobs.append(sampled.logprobs[row])
+                request.top.append(sampled.top[row])
             if request.finish_reason is not None:
+                self._remember(request)
                 self.requests.pop(request.handle, None)
         settled = self._settle(tokens.request)
         usage = self.cache.usage()
@@ -346,9 +423,63 @@ class Engine:
             idle_slots=plan.idle_slots,
         )
         report = StepReport(
-            step=event, tokens=tokens, preempted=_handles(plan.preempted), started=_handles(plan.started)
+            step=event,
+            tokens=tokens,
+            preempted=_handles(plan.preempted),
+            started=_handles(plan.started),
+            kv_events=self._kv_events(plan.step),
         )
         return report, settled
+
+    def _kv_events(self, step: int) -> KvEvents | None:
+        pool = self.cache.pool
+        if not pool.events:
+            return None
+        events, pool.events = pool.events, []
+        return KvEvents(step=step, op=[int(op) for op, _ in events], block=[block for _, block in events])
+
+    def _remember(self, request: Request) -> None:
+        if request.response_key is not None and request.finish_reason in {"stop", "length"}:
+            output = request.tokens[request.prompt_len :]
+            answer = Answer(output, request.logprobs, request.top, request.finish_reason)
+            self._responses.put(request.response_key, answer)
+
+    def _replay_step(self) -> StepReport:
+        """Answer everything the response cache knows, in a step that computes nothing."""
+        begin = time.monotonic_ns()
+        replays, self._replays = self._replays, []
+        self.scheduler.step += 1
+        tokens = SampledTokens(request=[], index=[], token_id=[], logprob=[], top=[], finish=[])
+        for request, answer in replays:
+            count = len(answer.tokens)
+            tokens.request.extend([request.handle] * count)
+            tokens.index.extend(range(count))
+            tokens.token_id.extend(answer.tokens)
+            tokens.logprob.extend(answer.logprobs)
+            tokens.top.extend(answer.top)
+            tokens.finish.extend([None] * (count - 1) + [answer.finish])
+            self.requests.pop(request.handle, None)
+        end = time.monotonic_ns()
+        event = StepEvent(
+            step=self.scheduler.step,
+            epoch=self.epoch,
+            begin_ns=begin,
+            schedule_ns=0,
+            prepare_ns=0,
+            forward_ns=0,
+            sample_ns=0,
+            update_ns=end - begin,
+            end_ns=end,
+            path="response cache",
+            request=[],
+            start=[],
+            scheduled=[],
+            kind=[],
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv=self.cache.usage(),
+        )
+        return StepReport(step=event, tokens=tokens, started=[request.handle for request, _ in replays])
 
     def check_integrity(self) -> dict[str, int]:
         """Verify that every KV block is accounted for.
@@ -361,6 +492,7 @@ class Engine:
         held = [request.blocks for request in (*self.scheduler.running, *self.scheduler.waiting)]
         self.cache.pool.check_integrity(held)
         known = {request.handle for request in (*self.scheduler.running, *self.scheduler.waiting)}
+        known |= {request.handle for request, _ in self._replays}
         if known != set(self.requests):
             raise AssertionError(f"requests {sorted(known ^ set(self.requests))} are known in one place only")
         return {"blocks": self.capacity.num_blocks, "requests": len(known)}
@@ -377,6 +509,23 @@ class Engine:
                 settled.append(FeaturesSettled(each.epoch, now))
                 self._settling.remove(each)
         return settled
+
+
+def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str, str]) -> tuple[FeatureSpec, ...]:
+    """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
+    specs = []
+    for spec in SPECS:
+        maximum = config.max_num_seqs if spec.name == "max_num_seqs" else spec.maximum
+        specs.append(
+            msgspec.structs.replace(
+                spec,
+                default=getattr(defaults, spec.name),
+                maximum=maximum,
+                available=spec.name not in unavailable,
+                unavailable_reason=unavailable.get(spec.name),
+            )
+        )
+    return tuple(specs)
 
 
 def _handles(requests: list[Request]) -> list[int]:

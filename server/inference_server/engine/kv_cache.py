@@ -9,20 +9,68 @@ Two layouts, switched live (every request is preempted between them):
 
 from __future__ import annotations
 
-from inference_server.engine.block_pool import ROOT_HASH, BlockPool, KvOp, chain_hash
+from dataclasses import dataclass
+
+from inference_server.engine.block_pool import ROOT_HASH, BlockPool, chain_hash
 from inference_server.engine.request import Request
-from inference_server.protocol import KvUsage
+from inference_server.protocol import KvOp, KvUsage
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy block ``source`` to ``destination`` on the device."""
+
+    source: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapOut:
+    """Copy the first ``length`` positions held by ``blocks`` to host memory, under the request's handle."""
+
+    handle: int
+    blocks: list[int]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """Copy ``length`` positions back from host memory into ``blocks``, and forget them there."""
+
+    handle: int
+    blocks: list[int]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapDiscard:
+    """Forget what host memory holds of a request."""
+
+    handle: int
+
+
+Transfer = Copy | SwapOut | SwapIn | SwapDiscard
 
 
 class KVCache:
-    """Allocation policy over one :class:`BlockPool`."""
+    """Allocation policy over one :class:`BlockPool`.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Parameters
+    ----------
+    num_blocks, block_size : int
+        Of the device's cache.
+    host_blocks : int
+        Room in host memory for preempted requests, in blocks of the same size.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
         self.pool = BlockPool(num_blocks, block_size)
         self.block_size = block_size
         self.contiguous = False
-        self.copies: list[tuple[int, int]] = []
-        """Blocks to copy on the device (source, destination) before the next forward pass; taken by the scheduler."""
+        self.host_blocks = host_blocks
+        self.host_blocks_used = 0
+        self.transfers: list[Transfer] = []
+        """What to copy before the next forward pass, in this order; taken by the scheduler."""
 
     @property
     def capacity_tokens(self) -> int:
@@ -116,7 +164,7 @@ class KVCache:
                 own = self.pool.allocate()
                 self.pool.fill(own, offset)
                 self.pool.log(KvOp.COPY, own)
-                self.copies.append((shared, own))
+                self.transfers.append(Copy(shared, own))
                 self.pool.release(shared)
                 request.blocks[index] = own
         for _ in range(-(-end // self.block_size) - len(request.blocks)):
@@ -151,3 +199,33 @@ class KVCache:
         request.blocks = []
         request.num_computed = 0
         request.num_registered = 0
+        if request.swapped:
+            self.host_blocks_used -= -(-request.swapped // self.block_size)
+            self.transfers.append(SwapDiscard(request.handle))
+            request.swapped = 0
+
+    # -- host memory ---------------------------------------------------------------------------------------------------
+
+    def swap_out(self, request: Request) -> bool:
+        """Move a request's keys and values to host memory; ``False``, and nothing changed, if there is no room."""
+        length = request.num_computed
+        needed = -(-length // self.block_size)
+        if not length or self.host_blocks_used + needed > self.host_blocks:
+            return False
+        self.transfers.append(SwapOut(request.handle, request.blocks[:needed], length))
+        self.free(request)
+        self.host_blocks_used += needed
+        request.swapped = length
+        return True
+
+    def swap_in(self, request: Request) -> bool:
+        """Bring a swapped request's keys and values back; ``False``, and nothing changed, if there is no room."""
+        length = request.swapped
+        if not self.extend(request, length):
+            return False
+        self.host_blocks_used -= -(-length // self.block_size)
+        self.transfers.append(SwapIn(request.handle, request.blocks[: -(-length // self.block_size)], length))
+        request.swapped = 0
+        request.num_computed = length
+        self.mark_computed(request, 0, length)
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from inference_server.engine.response_cache import Key
 from inference_server.protocol import FinishReason, SamplingParams
 
 
@@ -38,11 +39,20 @@ class Request:
     cached_prompt_tokens: int = 0
     """Prompt positions that the prefix cache supplied when the request was first admitted."""
     num_preemptions: int = 0
+    swapped: int = 0
+    """Positions whose keys and values wait in host memory."""
     group: tuple[Request, ...] = ()
     """Samples that fork from this one when its prompt has been computed (``n > 1``); only on the first sample."""
     parent: Request | None = None
     """The sample this one forks from, until it has."""
     finish_reason: FinishReason | None = None
+    prefix_cache_read: bool | None = None
+    """Overrides the feature of the same name, for this request; ``None`` follows it."""
+    prefix_cache_write: bool | None = None
+    response_key: Key | None = None
+    """Where to remember the answer; ``None`` if it is not to be remembered."""
+    logprobs: list[float | None] = field(default_factory=list)
+    top: list[list[tuple[int, float]] | None] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

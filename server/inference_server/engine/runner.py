@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
 from inference_server.engine.scheduler import StepPlan
+
+
+class Runner(Protocol):
+    """One way to compute a step. All ways share the cache's tensors, so that each step may take another."""
+
+    label: str
+    """What a step record calls this path."""
+    greedy: NDArray[np.int64] | None
+    """Most likely token of each row of the last logits, where the path knows them."""
+
+    def prepare(self, plan: StepPlan) -> Any:
+        """Pack a plan, for :meth:`forward`."""
+
+    def forward(self, plan: StepPlan, packed: Any) -> Tensor:
+        """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
 
 
 class ModelRunner:
@@ -21,8 +39,8 @@ class ModelRunner:
     tensors : PagedKVTensors
     """
 
-    label = "eager"
-    """What a step record calls this path."""
+    label: str = "eager"
+    greedy: NDArray[np.int64] | None = None
 
     def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
         self.model = model
@@ -78,8 +96,8 @@ class ModelRunner:
     def forward(self, plan: StepPlan, packed: tuple[Tensor, Tensor, Tensor, StepContext]) -> Tensor:
         """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
         ids, positions, keep, context = packed
-        if plan.copies:
-            self.tensors.copy_blocks(plan.copies)
+        if plan.transfers:
+            self.tensors.transfer(plan.transfers)
         attention.set_context(context)
         try:
             # With nothing to sample (a chunk in the middle of a prompt) one row is computed and thrown away.

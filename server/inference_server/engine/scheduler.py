@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from inference_server.engine.kv_cache import KVCache
+from inference_server.engine.kv_cache import KVCache, Transfer
 from inference_server.engine.request import Request
 from inference_server.features import Features
 from inference_server.protocol import FinishReason, Kind
@@ -40,8 +40,8 @@ class StepPlan:
     step: int
     items: list[Scheduled]
     use_cache: bool
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """KV blocks to copy (source, destination), in this order, before the forward pass."""
+    transfers: list[Transfer] = field(default_factory=list)
+    """What to copy between KV blocks and host memory, in this order, before the forward pass."""
     preempted: list[Request] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
     """Requests that left the queue in this step."""
@@ -99,9 +99,17 @@ class Scheduler:
             lost += request.num_computed
             self.cache.free(request)
         for request in self.waiting:
-            if request.blocks:
-                self.cache.free(request)
+            lost += request.swapped
+            self.cache.free(request)
             request.parent = None
+        return lost
+
+    def replace_cache(self, cache: KVCache) -> int:
+        """Go on with another cache, computing everything again; return the positions thrown away."""
+        lost = self.recompute_all()
+        self.cache = cache
+        for request in (*self.running, *self.waiting):
+            request.block_hashes.clear()
         return lost
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ class Scheduler:
             self._admit(features, budget, plan)
         if not features.kv_cache:
             self._schedule_uncached(features, plan)
-        plan.copies, self.cache.copies = self.cache.copies, []
+        plan.transfers, self.cache.transfers = self.cache.transfers, []
         plan.idle_slots = max(self._static_seats - len(self.running), 0) if features.batching == "static" else 0
         return plan
 
@@ -154,7 +162,7 @@ class Scheduler:
             if plan.use_cache:
                 self.cache.mark_computed(request, item.start, end)
                 request.num_computed = end
-                if features.prefix_cache_write:
+                if _effective(request.prefix_cache_write, features.prefix_cache_write):
                     self.cache.register(request)
                 if request.group and end >= request.prompt_len:
                     self._fork_group(request)
@@ -195,7 +203,7 @@ class Scheduler:
             count = self._chunk(request.num_tokens - request.num_computed, budget, features, plan)
             if count == 0:
                 continue
-            budget += self._make_room(request, request.num_computed + count, plan)
+            budget += self._make_room(request, request.num_computed + count, features, plan)
             if request in self.running:
                 self._plan_item(request, count, plan)
                 budget -= count
@@ -209,7 +217,7 @@ class Scheduler:
         first = all(item.count == 1 for item in plan.items)
         return wanted if wanted <= budget or first else 0
 
-    def _make_room(self, request: Request, end: int, plan: StepPlan) -> int:
+    def _make_room(self, request: Request, end: int, features: Features, plan: StepPlan) -> int:
         """Provide blocks, preempting from the bottom of the ranking; return the token budget that this gave back.
 
         The request itself goes when nobody ranks below it.
@@ -224,7 +232,7 @@ class Scheduler:
                     plan.items.remove(item)
                     refund += item.count
                     break
-            self._preempt(victim)
+            self._preempt(victim, features)
             plan.preempted.append(victim)
             if victim is request:
                 break
@@ -238,9 +246,10 @@ class Scheduler:
                 return True
         return False
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, features: Features) -> None:
         self.running.remove(request)
-        self.cache.free(request)
+        if features.preemption != "swap" or not self.cache.swap_out(request):
+            self.cache.free(request)
         request.num_preemptions += 1
         request.waiting_since = self.step
         self.waiting.append(request)
@@ -277,8 +286,10 @@ class Scheduler:
         self, request: Request, budget: int, features: Features, plan: StepPlan, *, idle_ok: bool
     ) -> int | None:
         """Give a waiting request its first blocks; return the positions planned, or ``None`` if it has to wait."""
-        prefix = [] if request.blocks or not features.prefix_cache_read else self.cache.cached_prefix(request)
-        start = request.num_computed or len(prefix) * self.cache.block_size
+        known = request.num_computed or request.swapped
+        reads = _effective(request.prefix_cache_read, features.prefix_cache_read)
+        prefix = self.cache.cached_prefix(request) if reads and not known else []
+        start = known or len(prefix) * self.cache.block_size
         count = self._chunk(request.num_tokens - start, budget, features, plan)
         if count == 0 and not idle_ok:
             return None
@@ -299,6 +310,8 @@ class Scheduler:
             self.cache.adopt(request, prefix)
             if request.num_output == 0 and request.num_preemptions == 0:
                 request.cached_prompt_tokens = request.num_computed
+        if request.swapped and not self.cache.swap_in(request):
+            raise AssertionError(f"request {request.handle} was admitted into blocks that are not there")
         if count == 0:
             return 0
         if not self.cache.extend(request, start + count):
@@ -350,3 +363,7 @@ class Scheduler:
         for child in request.group:
             child.parent = None
         request.group = ()
+
+
+def _effective(override: bool | None, feature: bool) -> bool:
+    return feature if override is None else override

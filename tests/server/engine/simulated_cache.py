@@ -7,6 +7,7 @@ block shared with the wrong request, copied too late, freed too early or written
 
 from __future__ import annotations
 
+from inference_server.engine.kv_cache import Copy, SwapDiscard, SwapIn, SwapOut, Transfer
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import StepPlan
 
@@ -36,15 +37,33 @@ class SimulatedCache:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.slots: list[int | None] = [None] * (num_blocks * block_size)
+        self.host: dict[int, list[int | None]] = {}
 
     def slot(self, request: Request, position: int) -> int:
         return request.blocks[position // self.block_size] * self.block_size + position % self.block_size
 
+    def transfer(self, transfers: list[Transfer]) -> None:
+        size = self.block_size
+        for each in transfers:
+            match each:
+                case Copy(source, destination):
+                    self.slots[destination * size : (destination + 1) * size] = self.slots[
+                        source * size : (source + 1) * size
+                    ]
+                case SwapOut(handle, blocks, length):
+                    assert handle not in self.host
+                    self.host[handle] = [self.slots[blocks[i // size] * size + i % size] for i in range(length)]
+                case SwapIn(handle, blocks, length):
+                    saved = self.host.pop(handle)
+                    assert len(saved) == length
+                    for i, digest in enumerate(saved):
+                        self.slots[blocks[i // size] * size + i % size] = digest
+                case SwapDiscard(handle):
+                    del self.host[handle]
+
     def forward(self, plan: StepPlan) -> list[int]:
         """Compute a step, checking everything that is read; return the sampled tokens."""
-        size = self.block_size
-        for source, destination in plan.copies:
-            self.slots[destination * size : (destination + 1) * size] = self.slots[source * size : (source + 1) * size]
+        self.transfer(plan.transfers)
         if not plan.use_cache:
             for item in plan.items:
                 assert (item.start, item.count) == (0, item.request.num_tokens)

@@ -22,7 +22,8 @@ EOS = frozenset({7})
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(4, 14), block_size=st.sampled_from([1, 2, 4, 5]))
     def start(self, num_blocks: int, block_size: int) -> None:
-        self.cache = KVCache(num_blocks, block_size)
+        self.num_slots = num_blocks * block_size
+        self.cache = KVCache(num_blocks, block_size, host_blocks=num_blocks // 2)
         self.scheduler = Scheduler(self.cache, EOS)
         self.memory = SimulatedCache(num_blocks, block_size)
         self.features = Features(max_num_seqs=4, max_num_batched_tokens=16)
@@ -80,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             st.tuples(st.just("max_num_seqs"), st.integers(1, 6)),
             st.tuples(st.just("max_num_batched_tokens"), st.integers(1, 20)),
             st.tuples(st.just("batching"), st.sampled_from(["continuous", "static", "single"])),
+            st.tuples(st.just("preemption"), st.sampled_from(["recompute", "swap"])),
             st.tuples(st.just("scheduling_policy"), st.sampled_from(["fcfs", "priority", "shortest-first"])),
         )
     )
@@ -90,6 +92,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def switch_kv_cache(self) -> None:
         self.scheduler.recompute_all()
         self.features = msgspec.structs.replace(self.features, kv_cache=not self.features.kv_cache)
+
+    @rule(block_size=st.sampled_from([1, 2, 4, 5]), contiguous=st.booleans())
+    def switch_layout(self, block_size: int, contiguous: bool) -> None:
+        num_blocks = self.num_slots // block_size
+        longest = max((request.max_total for request in self.live.values()), default=0)
+        if longest > num_blocks * block_size:
+            return  # a smaller cache would not hold what was accepted; the engine refuses the switch
+        self.memory.transfer(self.cache.transfers)
+        self.cache.transfers = []
+        before = self.cache
+        self.cache = KVCache(num_blocks, block_size, host_blocks=num_blocks // 2)
+        self.cache.contiguous = contiguous
+        self.scheduler.replace_cache(self.cache)
+        self.memory.transfer(before.transfers)
+        before.transfers = []
+        assert before.usage().used_blocks == 0
+        assert before.host_blocks_used == 0
+        self.memory.block_size = block_size
+        self.features = msgspec.structs.replace(
+            self.features, block_size=block_size, kv_layout="contiguous" if contiguous else "paged"
+        )
 
     @rule(count=st.integers(1, 12))
     def step(self, count: int) -> None:
@@ -136,6 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.live, f"{len(self.live)} requests never ended"
         self.every_block_is_accounted_for()
         assert self.cache.usage().used_blocks == 0
+        assert self.cache.host_blocks_used == 0
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -91,8 +91,9 @@ def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> Non
     if attention.head_dim > MAX_HEAD_DIM or heads // kv_heads > MAX_GROUP:
         raise UnsupportedError(f"its heads are larger than {MAX_HEAD_DIM} or share a KV head by more than {MAX_GROUP}")
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim, heads * attention.head_dim)
-    if any(width % 32 for width in widths):
-        raise UnsupportedError(f"its sizes {widths} are not all multiples of 32")
+    step = 16 if dtype == torch.float32 else 32
+    if any(width % step for width in widths):
+        raise UnsupportedError(f"its sizes {widths} are not all multiples of {step}")
 
 
 def fuse(model: Any, dtype: torch.dtype, positions: int) -> Architecture:

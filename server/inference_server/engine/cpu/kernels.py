@@ -10,6 +10,9 @@ dot product in the same order whatever the batch is, so a row's result does not 
 All of it is in one file because numba's cache of compiled code is keyed by this file alone.
 """
 
+# numba's decorators turn these functions into something else than mypy reads.
+# mypy: disable-error-code="attr-defined, call-arg, misc, no-untyped-call, var-annotated"
+
 from __future__ import annotations
 
 from typing import Any
@@ -236,16 +239,16 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
 
     @intrinsic
     def tile(
-        typingctx: Any,
-        x: Any,
-        x_stride: Any,
-        w: Any,
-        w_stride: Any,
-        out: Any,
-        out_stride: Any,
-        length: Any,
-        narrow: Any,
-    ) -> Any:  # noqa: ARG001
+        typingctx: Any,  # noqa: ARG001
+        x: Any,  # noqa: ARG001
+        x_stride: Any,  # noqa: ARG001
+        w: Any,  # noqa: ARG001
+        w_stride: Any,  # noqa: ARG001
+        out: Any,  # noqa: ARG001
+        out_stride: Any,  # noqa: ARG001
+        length: Any,  # noqa: ARG001
+        narrow: Any,  # noqa: ARG001
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
             x, x_stride, w, w_stride, out, out_stride, length, narrow = args
             x_rows = [builder.add(x, builder.mul(x_stride, _i64(i))) for i in range(rows)]
@@ -483,7 +486,7 @@ _LOWEST = np.float32(-3.4e38)
 
 @njit(cache=True, nogil=True, inline="always")
 def _exp(x: Any) -> Any:
-    """e ** x in float32 without a branch, so that a loop over it is vectorized (Cephes' expf; error below 2e-7)."""
+    """Compute e ** x in float32 without a branch, so that loops over it are vectorized (Cephes' expf; error below 2e-7)."""
     x = min(max(x, -_EXP_LIMIT), _EXP_LIMIT)
     whole = np.floor(x * _LOG2E + _HALF)
     x = x - whole * _LN2_HIGH - whole * _LN2_LOW

@@ -1,4 +1,4 @@
-"""Starts the fast path beside the plain one: compiles, lays out the weights, proves the results, chooses the kernels."""
+"""Starts the fast path beside the plain one: compiles, lays out the weights, proves the results, measures kernels."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class FastRunner:
         self.tensors = tensors
         self.team = Team(threads)
         self.label = "fast-cpu fp32" if architecture.dtype == torch.float32 else "fast-cpu bf16"
-        self.greedy: NDArray[np.int64] = np.zeros(0, dtype=INT)
+        self.greedy: NDArray[np.int64] | None = None
         """Most likely token of each row of the last logits, computed beside them."""
         self._bf16 = int(architecture.dtype == torch.bfloat16)
         self._parameters = np.zeros(kernels.NUM_PARAMETERS, dtype=INT)
@@ -109,7 +109,7 @@ class FastRunner:
         self._counter = np.zeros(24, dtype=INT)
         self._counter_address = (self._counter.ctypes.data + 127) // 64 * 64
         self._counter_index = (self._counter_address - self._counter.ctypes.data) // 8
-        self._region: int = kernels.region.address
+        self._region = int(kernels.region.address or 0)
         self._rows = self._kept = 0
         self._partials = torch.zeros(0)
         self._tables: dict[int, _Table] = {}
@@ -123,7 +123,6 @@ class FastRunner:
         p[kernels.P_THREADS] = self.team.num_threads_address
         p[kernels.P_THREAD] = self.team.thread_num_address
         p[kernels.P_YIELD] = self.team.yield_address
-        p[kernels.P_BLOCK_SIZE] = tensors.block_size
         p[kernels.P_COS] = architecture.cos.data_ptr()
         p[kernels.P_SIN] = architecture.sin.data_ptr()
         self._reserve(32, 32)
@@ -172,7 +171,7 @@ class FastRunner:
     def prepare(self, plan: StepPlan) -> PackedStep:
         """Pack a plan. Work per request and step does not grow with the length of its context."""
         size = self.tensors.block_size
-        if plan.copies or plan.step != self._last_step + 1:
+        if plan.transfers or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while the other path ran.
             self._tables.clear()
         self._last_step = plan.step
@@ -241,12 +240,13 @@ class FastRunner:
     @torch.inference_mode()
     def forward(self, plan: StepPlan, packed: PackedStep) -> Tensor:
         """Compute the step; return the logits of its sampled positions, ``[S, vocab]``, valid until the next step."""
-        if plan.copies:
-            self.tensors.copy_blocks(plan.copies)
+        if plan.transfers:
+            self.tensors.transfer(plan.transfers)
         self._reserve(packed.rows, packed.num_kept)
         p = self._parameters
         for name, address in packed.parameters.items():
             p[name] = address
+        p[kernels.P_BLOCK_SIZE] = self.tensors.block_size
         p[kernels.P_ROWS] = packed.rows
         p[kernels.P_NUM_KEPT] = packed.num_kept
         p[kernels.P_NUM_ATTEND] = packed.num_attend
@@ -403,7 +403,7 @@ class FastRunner:
                 parts.append(("region", end + 1, end + 2))
         else:
             parts.append(("region", first, end))
-        parts = [part for part in parts if part[0] != "region" or part[1] < part[2]]  # type: ignore[operator]
+        parts = [part for part in parts if part[0] != "region" or part[1] < part[2]]
         bound = self._bound[rows, kept, segmented] = (parts, logits[:kept])
         return bound
 
@@ -413,10 +413,10 @@ class FastRunner:
         split: list[Part] = []
         for part in [*parts, ("region", first, end)]:
             if part[0] != "region":
-                split.append(part)  # type: ignore[arg-type]
+                split.append(part)
                 continue
             begin: int = part[1]  # type: ignore[assignment]
-            for index in range(begin, part[2]):  # type: ignore[arg-type]
+            for index in range(begin, part[2]):
                 layer = layer_at.get(index)
                 if layer is not None:
                     split += [("region", begin, index + 2), ("attend", layer, 0)]

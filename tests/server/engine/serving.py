@@ -1,0 +1,68 @@
+"""Runs an engine in this process: submit, switch, step until done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference_server.engine import loader
+from inference_server.engine.core import Engine
+from inference_server.models.locate import LocatedModel
+from inference_server.protocol import EngineConfig, SamplingParams, Submit
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+def engine_for(model: Any, **config: Any) -> Engine:
+    """An engine around a model that is in memory."""
+    located = LocatedModel("model", "memory", Path())
+    loaded = loader.inspect(model, located, torch.device("cpu"), model.dtype, lambda *_: None)
+    return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded)
+
+
+def submit(engine: Engine, handle: int, prompt: Sequence[int], samples: int = 1, **sampling: Any) -> None:
+    handles = tuple(range(handle, handle + samples))
+    overrides = sampling.pop("overrides", {})
+    params = SamplingParams(**sampling)
+    engine.submit(Submit(requests=handles, prompt=tuple(prompt), sampling=params, arrival_ns=0, overrides=overrides))
+
+
+def run(
+    engine: Engine, switches: Mapping[int, dict[str, Any]] | None = None, limit: int = 5000
+) -> dict[int, list[int]]:
+    """Step until every request has ended; return the output tokens by handle, as the reports gave them."""
+    outputs: dict[int, list[int]] = {handle: [] for handle in engine.requests}
+    for step in range(limit):
+        if switches and step in switches:
+            engine.set_features(0, switches[step])
+        if not engine.has_work():
+            engine.check_integrity()
+            assert engine.cache.usage().used_blocks == 0
+            return outputs
+        report, _ = engine.step()
+        assert report is not None, "there is work, but a step found none"
+        for handle, index, token in zip(
+            report.tokens.request, report.tokens.index, report.tokens.token_id, strict=True
+        ):
+            output = outputs.setdefault(handle, [])
+            assert index == len(output), "tokens arrive in order, each once"
+            output.append(token)
+    raise AssertionError(f"not done after {limit} steps")
+
+
+def generate(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy output of transformers itself, with its own attention and cache."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        ids = torch.tensor([list(prompt)])
+        eos = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = None
+        out = model.generate(ids, max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(ids))
+        model.generation_config.eos_token_id = eos
+    finally:
+        model.set_attn_implementation(implementation)
+    return out[0, len(prompt) :].tolist()
