@@ -21,14 +21,17 @@ from inference_server.models.cache import cache_folder
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Row counts that are measured; others use the next larger one's choice."""
-ROUNDS = 8
+ROUNDS = 20
 TRUSTED_ROUNDS = 3
+"""Rounds that a table needs to be remembered, and a shape to leave the own kernel, which a busy machine slows least."""
 BUDGET_SECONDS = 3.0
 OWN, TORCH = "own", "torch"
 Shape = tuple[int, int]
 """(out features, in features)"""
 Clock = Callable[[str, Shape, int], float]
-"""Seconds that one pass over some layers takes, by (kernel, shape, rows)."""
+"""Seconds per layer in one pass over some layers, by (kernel, shape, rows)."""
+Seconds = dict[Shape, dict[int, dict[str, float]]]
+"""Best time of a layer by shape, rows and kernel."""
 
 
 class Choices:
@@ -37,12 +40,14 @@ class Choices:
     Attributes
     ----------
     seconds : dict
-        By shape, rows and kernel: the best time measured, for one pass over the same weights.
+        By shape, rows and kernel: the best time measured.
+    rounds : int
+        How many measurements each of them is the best of, at least.
     """
 
-    def __init__(self, seconds: dict[Shape, dict[int, dict[str, float]]], *, measured_now: bool) -> None:
+    def __init__(self, seconds: Seconds, rounds: int) -> None:
         self.seconds = seconds
-        self.measured_now = measured_now
+        self.rounds = rounds
 
     def kernel(self, shape: Shape, rows: int) -> str:
         """The faster kernel for a linear layer of ``shape`` on ``rows`` rows."""
@@ -50,7 +55,7 @@ class Choices:
         batch = next((each for each in BATCHES if each >= rows), BATCHES[-1])
         times = by_rows[batch]
         # A torch call ends the compiled region and starts another; it has to be worth it.
-        return TORCH if times[TORCH] < 0.95 * times[OWN] else OWN
+        return TORCH if self.rounds >= TRUSTED_ROUNDS and times[TORCH] < 0.95 * times[OWN] else OWN
 
 
 def load_or_measure(key: str, shapes: list[Shape], clock: Clock) -> Choices:
@@ -58,11 +63,11 @@ def load_or_measure(key: str, shapes: list[Shape], clock: Clock) -> Choices:
     path = cache_folder().parent / "cpu-kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
     remembered = _read(path, key, shapes)
     if remembered is not None:
-        return Choices(remembered, measured_now=False)
+        return Choices(remembered, TRUSTED_ROUNDS)
     seconds, rounds = _measure(shapes, clock)
     if rounds >= TRUSTED_ROUNDS:  # on a machine too busy for that, the next start measures again
         _write(path, key, seconds)
-    return Choices(seconds, measured_now=True)
+    return Choices(seconds, rounds)
 
 
 def machine_key(dtype: torch.dtype, threads: int, code: str, shapes: list[Shape]) -> str:
@@ -91,14 +96,12 @@ def cpu_model() -> str:
     return ", ".join(found) or platform.machine()
 
 
-def _measure(shapes: list[Shape], clock: Clock) -> tuple[dict[Shape, dict[int, dict[str, float]]], int]:
+def _measure(shapes: list[Shape], clock: Clock) -> tuple[Seconds, int]:
     """Best times of as many rounds as :data:`BUDGET_SECONDS` allow (at least one), and how many rounds that were.
 
     Rounds are interleaved and the best counts: what else runs on the machine hits all candidates alike, or is left out.
     """
-    seconds: dict[Shape, dict[int, dict[str, float]]] = {
-        shape: {rows: {OWN: float("inf"), TORCH: float("inf")} for rows in BATCHES} for shape in shapes
-    }
+    seconds: Seconds = {shape: {rows: {OWN: float("inf"), TORCH: float("inf")} for rows in BATCHES} for shape in shapes}
     deadline = time.perf_counter() + BUDGET_SECONDS
     done = 0
     for done in range(ROUNDS):
@@ -107,12 +110,13 @@ def _measure(shapes: list[Shape], clock: Clock) -> tuple[dict[Shape, dict[int, d
                 for kernel, best in times.items():
                     if done and (time.perf_counter() > deadline):
                         return seconds, done
-                    if not done or best < 3 * min(times.values()):
+                    # What is far behind after some tries will not win.
+                    if done < TRUSTED_ROUNDS or best < 1.5 * min(times.values()):
                         times[kernel] = min(best, clock(kernel, shape, rows))
     return seconds, done + 1
 
 
-def _read(path: Path, key: str, shapes: list[Shape]) -> dict[Shape, dict[int, dict[str, float]]] | None:
+def _read(path: Path, key: str, shapes: list[Shape]) -> Seconds | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["key"] != key:
@@ -125,7 +129,7 @@ def _read(path: Path, key: str, shapes: list[Shape]) -> dict[Shape, dict[int, di
         return None
 
 
-def _write(path: Path, key: str, seconds: dict[Shape, dict[int, dict[str, float]]]) -> None:
+def _write(path: Path, key: str, seconds: Seconds) -> None:
     content = {"key": key, "seconds": {f"{shape[0]}x{shape[1]}": table for shape, table in seconds.items()}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,7 @@ P_GREEDY = 21
 NUM_PARAMETERS = 22
 
 LANES = 16
+_LOWEST = np.float32(-3.0e38)
 _i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _float = ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
@@ -225,6 +226,203 @@ def _call(typingctx: Any, address: Any) -> Any:  # noqa: ARG001
     return types.int64(types.int64), codegen
 
 
+# -- vector code -------------------------------------------------------------------------------------------------------
+
+
+def _loop(builder: Any, end: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
+    """Emit ``for offset in range(0, end, step): carried = body(offset, carried)``; return the last ones."""
+    before = builder.block
+    head = builder.append_basic_block("loop.head")
+    inside = builder.append_basic_block("loop.body")
+    after = builder.append_basic_block("loop.end")
+    builder.branch(head)
+    builder.position_at_end(head)
+    offset = builder.phi(_i64)
+    offset.add_incoming(_i64(0), before)
+    values = []
+    for initial in carried:
+        value = builder.phi(initial.type)
+        value.add_incoming(initial, before)
+        values.append(value)
+    builder.cbranch(builder.icmp_signed("<", offset, end), inside, after)
+    builder.position_at_end(inside)
+    results = body(offset, values)
+    for value, result in zip(values, results, strict=True):
+        value.add_incoming(result, builder.block)
+    offset.add_incoming(builder.add(offset, _i64(step)), builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
+
+
+def _splat(number: float) -> Any:
+    # As float32: LLVM refuses a constant that float32 cannot hold exactly.
+    return ir.Constant(_vector, [float(np.float32(number))] * LANES)
+
+
+def _broadcast(builder: Any, scalar: Any) -> Any:
+    single = builder.insert_element(ir.Constant(_vector, ir.Undefined), scalar, _i32(0))
+    return _shuffle(builder, single, single, [0] * LANES)
+
+
+def _call_vector(builder: Any, name: str, *arguments: Any) -> Any:
+    kind = ir.FunctionType(_vector, [_vector] * len(arguments))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), list(arguments))
+
+
+def _read(builder: Any, address: Any, bf16: bool) -> Any:
+    """16 numbers as float32."""
+    if not bf16:
+        return builder.load(builder.inttoptr(address, _vector.as_pointer()), align=4)
+    narrow = ir.VectorType(_i16, LANES)
+    wide = ir.VectorType(_i32, LANES)
+    bits = builder.zext(builder.load(builder.inttoptr(address, narrow.as_pointer()), align=2), wide)
+    return builder.bitcast(builder.shl(bits, ir.Constant(wide, [16] * LANES)), _vector)
+
+
+def _write(builder: Any, value: Any, address: Any, bf16: bool) -> None:
+    stored = _narrow_value(builder, value) if bf16 else value
+    builder.store(stored, builder.inttoptr(address, stored.type.as_pointer()), align=2 if bf16 else 4)
+
+
+def _exp_vector(builder: Any, x: Any) -> Any:
+    """Compute e ** x without a branch (Cephes' expf; relative error below 2e-7)."""
+    limit, lowest = _splat(87.0), _splat(-87.0)
+    x = builder.select(builder.fcmp_ordered("<", x, limit), x, limit)
+    x = builder.select(builder.fcmp_ordered(">", x, lowest), x, lowest)
+    whole = _call_vector(
+        builder, "llvm.floor", _call_vector(builder, "llvm.fma", x, _splat(1.44269504088896341), _splat(0.5))
+    )
+    x = _call_vector(builder, "llvm.fma", whole, _splat(-0.693359375), x)
+    x = _call_vector(builder, "llvm.fma", whole, _splat(2.12194440e-4), x)
+    y = _splat(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+        y = _call_vector(builder, "llvm.fma", y, x, _splat(factor))
+    wide = ir.VectorType(_i32, LANES)
+    exponent = builder.add(builder.fptosi(whole, wide), ir.Constant(wide, [127] * LANES))
+    return builder.fmul(y, builder.bitcast(builder.shl(exponent, ir.Constant(wide, [23] * LANES)), _vector))
+
+
+def _silu_of(*, bf16: bool) -> Any:
+    """Generate ``out = gate / (1 + exp(-gate)) * up`` over a multiple of 16 numbers, given three addresses."""
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def silu(typingctx: Any, gate: Any, up: Any, out: Any, count: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            gate, up, out, count = args
+
+            def step(offset: Any, carried: list[Any]) -> list[Any]:
+                g = _read(builder, builder.add(gate, offset), bf16)
+                u = _read(builder, builder.add(up, offset), bf16)
+                bottom = builder.fadd(_splat(1.0), _exp_vector(builder, builder.fneg(g)))
+                _write(builder, builder.fmul(builder.fdiv(g, bottom), u), builder.add(out, offset), bf16)
+                return carried
+
+            _loop(builder, builder.mul(count, _i64(size)), LANES * size, [], step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return silu
+
+
+_silu_f32 = _silu_of(bf16=False)
+_silu_bf16 = _silu_of(bf16=True)
+
+
+@intrinsic
+def _largest_of(typingctx: Any, line: Any, count: Any) -> Any:  # noqa: ARG001
+    """Largest of a multiple of 16 float32 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        line, count = args
+
+        def step(offset: Any, carried: list[Any]) -> list[Any]:
+            value = _read(builder, builder.add(line, offset), False)
+            return [builder.select(builder.fcmp_ordered(">", value, carried[0]), value, carried[0])]
+
+        (most,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(_LOWEST)], step)
+        kind = ir.FunctionType(_float, [_vector])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
+        return builder.call(reduce, [most])
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _exp_and_sum(typingctx: Any, line: Any, count: Any, scaling: Any, most: Any) -> Any:  # noqa: ARG001
+    """Replace a multiple of 16 float32 by ``exp(scaling * (x - most))`` and return their sum."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        line, count, scaling, most = args
+        scaling, most = _broadcast(builder, scaling), _broadcast(builder, most)
+
+        def step(offset: Any, carried: list[Any]) -> list[Any]:
+            address = builder.add(line, offset)
+            value = builder.fmul(builder.fsub(_read(builder, address, False), most), scaling)
+            value = _exp_vector(builder, value)
+            _write(builder, value, address, False)
+            return [builder.fadd(carried[0], value)]
+
+        (total,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(0.0)], step)
+        return builder.extract_element(_reduce(builder, [total]), _i32(0))
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), codegen
+
+
+def _weighted_sum(rows: int, vectors: int, *, bf16: bool) -> Any:
+    """Generate ``out[i] += sum(weights[i, p] * values[p])`` for ``rows`` × 16 ``vectors`` sums kept in registers.
+
+    The arguments: address of the values and their stride in bytes, address of the float32 weights and the stride of
+    their rows, address of the float32 sums and the stride of theirs, and the number of positions.
+    """
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def weighted(
+        typingctx: Any,  # noqa: ARG001
+        values: Any,  # noqa: ARG001
+        value_stride: Any,  # noqa: ARG001
+        weights: Any,  # noqa: ARG001
+        weight_stride: Any,  # noqa: ARG001
+        out: Any,  # noqa: ARG001
+        out_stride: Any,  # noqa: ARG001
+        count: Any,  # noqa: ARG001
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            values, value_stride, weights, weight_stride, out, out_stride, count = args
+            targets = [
+                builder.add(builder.add(out, builder.mul(out_stride, _i64(i))), _i64(v * LANES * 4))
+                for i in range(rows)
+                for v in range(vectors)
+            ]
+            lines = [builder.add(weights, builder.mul(weight_stride, _i64(i))) for i in range(rows)]
+
+            def step(position: Any, sums: list[Any]) -> list[Any]:
+                base = builder.add(values, builder.mul(value_stride, position))
+                parts = [_read(builder, builder.add(base, _i64(v * LANES * size)), bf16) for v in range(vectors)]
+                after = []
+                for i, line in enumerate(lines):
+                    address = builder.add(line, builder.mul(position, _i64(4)))
+                    weight = builder.load(builder.inttoptr(address, _float.as_pointer()), align=4)
+                    factor = _broadcast(builder, weight)
+                    after += [
+                        _call_vector(builder, "llvm.fma", factor, part, sums[i * vectors + v])
+                        for v, part in enumerate(parts)
+                    ]
+                return after
+
+            sums = _loop(builder, count, 1, [_read(builder, target, False) for target in targets], step)
+            for target, value in zip(targets, sums, strict=True):
+                _write(builder, value, target, False)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return weighted
+
+
 # -- the matrix kernel -------------------------------------------------------------------------------------------------
 
 
@@ -253,35 +451,20 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
             x, x_stride, w, w_stride, out, out_stride, length, narrow = args
             x_rows = [builder.add(x, builder.mul(x_stride, _i64(i))) for i in range(rows)]
             w_rows = [builder.add(w, builder.mul(w_stride, _i64(j))) for j in range(columns)]
-            before = builder.block
-            head = builder.append_basic_block("tile.head")
-            body = builder.append_basic_block("tile.body")
-            done = builder.append_basic_block("tile.done")
-            builder.branch(head)
-            builder.position_at_end(head)
-            offset = builder.phi(_i64)
-            offset.add_incoming(_i64(0), before)
-            zero = ir.Constant(_vector, [0.0] * LANES)
-            sums = []
-            for _ in range(rows * columns):
-                each = builder.phi(_vector)
-                each.add_incoming(zero, before)
-                sums.append(each)
-            builder.cbranch(builder.icmp_signed("<", offset, builder.mul(length, _i64(size))), body, done)
-            builder.position_at_end(body)
-            w_values = [_load(builder, builder.add(row, offset), bf16) for row in w_rows]
-            after = []
-            for i, row in enumerate(x_rows):
-                x_value = _load(builder, builder.add(row, offset), bf16)
-                after += [
-                    _multiply_add(builder, sums[i * columns + j], x_value, w_value, bf16)
-                    for j, w_value in enumerate(w_values)
-                ]
-            offset.add_incoming(builder.add(offset, _i64(width * size)), body)
-            for each, value in zip(sums, after, strict=True):
-                each.add_incoming(value, body)
-            builder.branch(head)
-            builder.position_at_end(done)
+
+            def step(offset: Any, sums: list[Any]) -> list[Any]:
+                w_values = [_load(builder, builder.add(row, offset), bf16) for row in w_rows]
+                after = []
+                for i, row in enumerate(x_rows):
+                    x_value = _load(builder, builder.add(row, offset), bf16)
+                    after += [
+                        _multiply_add(builder, sums[i * columns + j], x_value, w_value, bf16)
+                        for j, w_value in enumerate(w_values)
+                    ]
+                return after
+
+            end = builder.mul(length, _i64(size))
+            sums = _loop(builder, end, width * size, [_splat(0.0)] * (rows * columns), step)
             results = _reduce(builder, sums)
             narrowed = _narrow_value(builder, results)
             with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
@@ -369,6 +552,14 @@ def _store(builder: Any, results: Any, rows: int, columns: int, out: Any, stride
         builder.store(part, builder.inttoptr(address, part.type.as_pointer()), align=size)
 
 
+_sum_1x1_f32 = _weighted_sum(1, 1, bf16=False)
+_sum_1x4_f32 = _weighted_sum(1, 4, bf16=False)
+_sum_3x4_f32 = _weighted_sum(3, 4, bf16=False)
+_sum_4x4_f32 = _weighted_sum(4, 4, bf16=False)
+_sum_1x1_bf16 = _weighted_sum(1, 1, bf16=True)
+_sum_1x4_bf16 = _weighted_sum(1, 4, bf16=True)
+_sum_3x4_bf16 = _weighted_sum(3, 4, bf16=True)
+_sum_4x4_bf16 = _weighted_sum(4, 4, bf16=True)
 _tile_1x8_f32 = _tile(1, 8, bf16=False)
 _tile_2x8_f32 = _tile(2, 8, bf16=False)
 _tile_4x4_f32 = _tile(4, 4, bf16=False)
@@ -481,12 +672,11 @@ _E2 = np.float32(8.3334519073e-3)
 _E3 = np.float32(4.1665795894e-2)
 _E4 = np.float32(1.6666665459e-1)
 _E5 = np.float32(5.0000001201e-1)
-_LOWEST = np.float32(-3.4e38)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def _exp(x: Any) -> Any:
-    """Compute e ** x in float32 without a branch, so that loops over it are vectorized (Cephes' expf; error below 2e-7)."""
+    """Compute e ** x for one float32, as :func:`_exp_vector` does for 16."""
     x = min(max(x, -_EXP_LIMIT), _EXP_LIMIT)
     whole = np.floor(x * _LOG2E + _HALF)
     x = x - whole * _LN2_HIGH - whole * _LN2_LOW
@@ -548,6 +738,7 @@ def _norm(thread: int, threads: int, m: int, kept: Any, op: Any) -> None:
 @njit(cache=True, nogil=True)
 def _silu(thread: int, threads: int, m: int, op: Any) -> None:
     both_, out_, width, bf16 = op[1], op[2], op[3], op[4]
+    size = 2 if bf16 else 4
     # One row is shared by all threads: with a single request there is nothing else to divide.
     chunk = (width // LANES + threads - 1) // threads * LANES
     begin = min(thread * chunk, width)
@@ -555,19 +746,11 @@ def _silu(thread: int, threads: int, m: int, op: Any) -> None:
     if thread == threads - 1:
         count = width - begin
     for row in range(m):
+        gate, out = both_ + (row * 2 * width + begin) * size, out_ + (row * width + begin) * size
         if bf16:
-            gate_n = carray(_pointer_u16(both_ + (row * 2 * width + begin) * 2), (count,))
-            up_n = carray(_pointer_u16(both_ + (row * 2 * width + width + begin) * 2), (count,))
-            out_n = carray(_pointer_u16(out_ + (row * width + begin) * 2), (count,))
-            for i in range(count):
-                g = _widen(gate_n[i])
-                out_n[i] = _narrow(g / (_ONE + _exp(-g)) * _widen(up_n[i]))
+            _silu_bf16(gate, gate + width * size, out, count)
         else:
-            gate = carray(_pointer_f32(both_ + (row * 2 * width + begin) * 4), (count,))
-            up = carray(_pointer_f32(both_ + (row * 2 * width + width + begin) * 4), (count,))
-            out = carray(_pointer_f32(out_ + (row * width + begin) * 4), (count,))
-            for i in range(count):
-                out[i] = gate[i] / (_ONE + _exp(-gate[i])) * up[i]
+            _silu_f32(gate, gate + width * size, out, count)
 
 
 @njit(cache=True, nogil=True)
@@ -630,6 +813,43 @@ def _rotary(thread: int, threads: int, m: int, params: Any, op: Any) -> None:
                     to_wide[i] = wide[i]
 
 
+@njit(cache=True, nogil=True, inline="never")
+def _sum_values(source: int, stride: int, weights: int, sums: int, group: int, dim: int, run: int, bf16: int) -> None:
+    """Add ``run`` weighted values to the sums of all query heads of a group, 64 columns at a time."""
+    line, width, size = SPLIT * 4, MAX_HEAD_DIM * 4, 2 if bf16 else 4
+    d = 0
+    while d < dim:
+        wide = d + 64 <= dim
+        g = 0
+        while g < group:
+            v, w, t = source + d * size, weights + g * line, sums + g * width + d * 4
+            if wide and g + 4 <= group:
+                if bf16:
+                    _sum_4x4_bf16(v, stride, w, line, t, width, run)
+                else:
+                    _sum_4x4_f32(v, stride, w, line, t, width, run)
+                g += 4
+            elif wide and g + 3 <= group:
+                if bf16:
+                    _sum_3x4_bf16(v, stride, w, line, t, width, run)
+                else:
+                    _sum_3x4_f32(v, stride, w, line, t, width, run)
+                g += 3
+            elif wide:
+                if bf16:
+                    _sum_1x4_bf16(v, stride, w, line, t, width, run)
+                else:
+                    _sum_1x4_f32(v, stride, w, line, t, width, run)
+                g += 1
+            else:
+                if bf16:
+                    _sum_1x1_bf16(v, stride, w, line, t, width, run)
+                else:
+                    _sum_1x1_f32(v, stride, w, line, t, width, run)
+                g += 1
+        d += 64 if wide else LANES
+
+
 @njit(cache=True, nogil=True)
 def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     qkv_, out_, keys_, values_ = op[1], op[2], op[3], op[4]
@@ -643,8 +863,9 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     tables = carray(_pointer_i64(params[P_TABLES]), (count,))
     scores = np.empty((MAX_GROUP, SPLIT), dtype=np.float32)
     sums = np.empty((MAX_GROUP, MAX_HEAD_DIM), dtype=np.float32)
+    inverses = np.empty(MAX_GROUP, dtype=np.float32)
     stride = kv_heads * dim * size
-    scores_ = scores.ctypes.data
+    scores_, sums_ = scores.ctypes.data, sums.ctypes.data
     for unit in range(thread, count * kv_heads * splits, threads):
         place = unit // (kv_heads * splits)
         kv_head = unit // splits % kv_heads
@@ -672,20 +893,21 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
             position += run
         several = end - start > SPLIT
         partial_ = params[P_PARTIALS] + unit * group * (dim + 2) * 4
+        padded = (length + LANES - 1) // LANES * LANES
         for g in range(group):
             line = scores[g]
-            most = _LOWEST
-            for i in range(length):
-                most = max(most, line[i])
-            total = _exp_and_sum(line, length, most * scaling, scaling)
+            for i in range(length, padded):
+                line[i] = _LOWEST
+            most = _largest_of(scores_ + g * SPLIT * 4, padded)
+            total = _exp_and_sum(scores_ + g * SPLIT * 4, padded, scaling, most)
+            inverse = _ONE
             if several:
                 partial = carray(_pointer_f32(partial_ + g * (dim + 2) * 4), (dim + 2,))
                 partial[dim] = most * scaling
                 partial[dim + 1] = total
             else:
                 inverse = _ONE / total
-                for i in range(length):
-                    line[i] *= inverse
+            inverses[g] = inverse
             for i in range(dim):
                 sums[g, i] = _ZERO
         position = low
@@ -693,20 +915,11 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
             offset = position % block
             run = min(block - offset, high - position)
             source = values_ + ((table[position // block] * block + offset) * kv_heads + kv_head) * dim * size
-            for i in range(run):
-                if bf16:
-                    value_n = carray(_pointer_u16(source + i * stride), (dim,))
-                    for g in range(group):
-                        weight = scores[g, position - low + i]
-                        for d in range(dim):
-                            sums[g, d] += weight * _widen(value_n[d])
-                else:
-                    value = carray(_pointer_f32(source + i * stride), (dim,))
-                    for g in range(group):
-                        weight = scores[g, position - low + i]
-                        for d in range(dim):
-                            sums[g, d] += weight * value[d]
+            _sum_values(source, stride, scores_ + (position - low) * 4, sums_, group, dim, run, bf16)
             position += run
+        for g in range(group):
+            for d in range(dim):
+                sums[g, d] *= inverses[g]
         for g in range(group):
             if several:
                 partial = carray(_pointer_f32(partial_ + g * (dim + 2) * 4), (dim,))
@@ -722,16 +935,6 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
                     out = carray(_pointer_f32(target), (dim,))
                     for d in range(dim):
                         out[d] = sums[g, d]
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _exp_and_sum(line: Any, length: int, most: Any, scaling: Any) -> Any:
-    total = _ZERO
-    for i in range(length):
-        value = _exp(line[i] * scaling - most)
-        line[i] = value
-        total += value
-    return total
 
 
 @njit(cache=True, nogil=True)

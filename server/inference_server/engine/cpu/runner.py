@@ -25,8 +25,8 @@ from inference_server.engine.scheduler import Scheduled, StepPlan
 
 LONG_SEGMENT = 16
 """A request that computes more positions than this in one step attends through torch, fewer through own kernel."""
-STREAMED_BYTES = 1 << 28
-"""Weights to pass over when measuring: more than any cache holds, so that they come from memory as in a real step."""
+PASS_BYTES = 1 << 24
+"""Weights that one pass of a measurement reads, about."""
 INT = np.int64
 
 
@@ -118,6 +118,7 @@ class FastRunner:
         self._bound: dict[tuple[int, int, bool], tuple[list[Part], Tensor]] = {}
         self._choices: Choices | None = None
         self._forced: str | None = None
+        self._turn = 0
         p = self._parameters
         p[kernels.P_BARRIER] = self._counter_address
         p[kernels.P_THREADS] = self.team.num_threads_address
@@ -147,10 +148,12 @@ class FastRunner:
         self._bound.clear()
 
     def _time(self, kernel: str, shape: Shape, rows: int) -> float:
-        linears = [linear for linear in self._linears if linear.shape == shape]
-        item = linears[0].weight_t.numel() * linears[0].weight_t.element_size()
-        # Many rows are bound by arithmetic: a few layers say as much as all.
-        linears = linears[: max(1, STREAMED_BYTES // item if rows <= 16 else STREAMED_BYTES // (8 * item))]
+        layers = [linear for linear in self._linears if linear.shape == shape]
+        # A pass is short, so that some passes are undisturbed on a busy machine. Each takes the next layers in turn,
+        # so that their weights come from memory as in a real step.
+        count = max(1, PASS_BYTES // (layers[0].weight_t.nbytes * -(-rows // 16)))
+        linears = [layers[(self._turn + index) % len(layers)] for index in range(min(count, len(layers)))]
+        self._turn += len(linears)
         self._parameters[kernels.P_ROWS] = self._parameters[kernels.P_NUM_KEPT] = rows
         if kernel == OWN:
             program = np.ascontiguousarray(self._program[[linear.index for linear in linears]])
@@ -159,12 +162,12 @@ class FastRunner:
             self._launch(0, len(program))
             elapsed = time.perf_counter() - begin
             self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
-            return elapsed
+            return elapsed / len(linears)
         calls = [(linear.source[:rows], linear.weight_t, self._target(linear, TORCH)[:rows]) for linear in linears]
         begin = time.perf_counter()
         for source, weight, target in calls:
             torch.mm(source, weight, out=target)
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / len(linears)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
