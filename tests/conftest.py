@@ -15,6 +15,11 @@ for folder in ("", "server/engine"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Browser tests go last: their driver keeps an event loop running, in which no asynchronous test could run."""
+    items.sort(key=lambda item: "browser" in Path(str(item.path)).parts)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama with a tokenizer and a chat template."""
