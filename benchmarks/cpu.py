@@ -11,7 +11,7 @@ by the interpreter of an environment that has them. A table is printed, and rows
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import os
 import statistics
@@ -277,7 +277,7 @@ def main() -> None:
         "device": "cpu",
         "hardware": f"{cpu_model()}; {os.cpu_count()} cores",
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
     rows = []
     for (subject, batch), found in answers.items():

@@ -344,7 +344,7 @@ def _largest_of(typingctx: Any, line: Any, count: Any) -> Any:  # noqa: ARG001
             value = _read(builder, builder.add(line, offset), False)
             return [builder.select(builder.fcmp_ordered(">", value, carried[0]), value, carried[0])]
 
-        (most,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(_LOWEST)], step)
+        (most,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(float(_LOWEST))], step)
         kind = ir.FunctionType(_float, [_vector])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
         return builder.call(reduce, [most])
