@@ -164,6 +164,12 @@ class EngineProcess:
                 self._emit(report)
             for each in settled:
                 self._emit(each)
+            if not engine.has_work():
+                try:
+                    engine.check_integrity()
+                except AssertionError as error:
+                    # A leak costs memory, not answers: go on serving, and leave the reason where it is looked for.
+                    print(f"integrity check: {error}", file=sys.stderr, flush=True)
 
     # -- private -------------------------------------------------------------------------------------------------------
 
