@@ -36,6 +36,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     response_cache: bool = False
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
+    fast_path: bool = True
 
     def as_dict(self) -> dict[str, FeatureValue]:
         """Return the values by name, in declaration order."""
@@ -172,6 +173,18 @@ SPECS: tuple[FeatureSpec, ...] = (
         maximum=65536,
         cost="free",
         description="How many token positions one step may compute. Smaller keeps decode smooth while prompts come in.",
+    ),
+    FeatureSpec(
+        name="fast_path",
+        title="Fast path",
+        group="Compute",
+        kind="bool",
+        default=True,
+        cost="prebuilt",
+        description=(
+            "Run the model through fused kernels that were chosen by measurement on this machine. Off, through "
+            "transformers' own modules. Both read the same weights and the same cache."
+        ),
     ),
 )
 

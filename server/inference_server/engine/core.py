@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -12,12 +13,14 @@ import torch
 from inference_server import features as feature_rules
 from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.cpu import path as fast_path
+from inference_server.engine.cpu.architecture import UnsupportedError
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
-from inference_server.engine.runner import ModelRunner
+from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.scheduler import Scheduler
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.features import SPECS, FeatureError, Features
@@ -38,6 +41,9 @@ from inference_server.protocol import (
     StepReport,
     Submit,
 )
+
+if TYPE_CHECKING:  # importing it compiles the kernels
+    from inference_server.engine.cpu.runner import FastRunner
 
 MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
@@ -66,24 +72,36 @@ class Engine:
     ----------
     config : EngineConfig
     loaded : LoadedModel
+    compilation : Compilation, optional
+        Of the CPU kernels, where it was started beforehand.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, compilation: fast_path.Compilation | None = None
+    ) -> None:
         self.config = config
         self.loaded = loaded
-        defaults = Features(
-            block_size=config.block_size, max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs)
-        )
-        self.specs = _specs_here(defaults, config)
-        self._specs = {spec.name: spec for spec in self.specs}
-        self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
-        self.features = feature_rules.apply(defaults, config.features, self._specs)
         self.epoch = 0
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
         self.runner = ModelRunner(loaded.model, tensors)
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
+        self.fast: FastRunner | None = None
+        unavailable = {}
+        try:
+            self.fast = fast_path.start(loaded.model, self.runner, self.capacity.max_model_len, compilation=compilation)
+        except UnsupportedError as error:
+            unavailable["fast_path"] = f"The fast path cannot run this model: {error}."
+        defaults = Features(
+            block_size=config.block_size,
+            max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs),
+            fast_path=self.fast is not None,
+        )
+        self.specs = _specs_here(defaults, config, unavailable)
+        self._specs = {spec.name: spec for spec in self.specs}
+        self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
+        self.features = feature_rules.apply(defaults, config.features, self._specs)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
         self.requests: dict[int, Request] = {}
@@ -106,10 +124,13 @@ class Engine:
             torch.set_num_threads(config.threads)
         device = loader.resolve_device(config.device)
         dtype = loader.resolve_dtype(config.dtype, device)
+        compilation = fast_path.Compilation() if device.type == "cpu" else None
         located = locate.locate(config.model, progress)
         loaded = loader.load(located, device, dtype, progress)
         progress("reserving the KV cache", 0.95, "")
-        return cls(config, loaded)
+        if compilation is not None and compilation.running:
+            progress("compiling the CPU kernels", 0.96, "once on this machine")
+        return cls(config, loaded, compilation)
 
     @property
     def cache(self) -> KVCache:
@@ -361,12 +382,13 @@ class Engine:
         t1 = time.monotonic_ns()
         if not plan.items:
             return None, []
-        packed = self.runner.prepare(plan)
+        runner: Runner = self.fast if self.fast is not None and features.fast_path else self.runner
+        packed = runner.prepare(plan)
         t2 = time.monotonic_ns()
-        logits = self.runner.forward(plan, packed)
+        logits = runner.forward(plan, packed)
         t3 = time.monotonic_ns()
         sampling = [item.request for item in plan.items if item.sample]
-        sampled = sampler.sample(logits, sampling)
+        sampled = sampler.sample(logits, sampling, greedy=runner.greedy)
         t4 = time.monotonic_ns()
         indices = [request.num_output for request in sampling]
         reasons = self.scheduler.update(plan, sampled.tokens, features)
@@ -398,7 +420,7 @@ class Engine:
             sample_ns=t4 - t3,
             update_ns=t5 - t4,
             end_ns=t5,
-            path="eager" if plan.use_cache else "eager, no KV cache",
+            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
             request=[item.request.handle for item in plan.items],
             start=[item.start for item in plan.items],
             scheduled=[item.count for item in plan.items],
@@ -497,12 +519,20 @@ class Engine:
         return settled
 
 
-def _specs_here(defaults: Features, config: EngineConfig) -> tuple[FeatureSpec, ...]:
-    """Describe the switches with this server's own defaults and limits."""
+def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str, str]) -> tuple[FeatureSpec, ...]:
+    """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
     specs = []
     for spec in SPECS:
         maximum = config.max_num_seqs if spec.name == "max_num_seqs" else spec.maximum
-        specs.append(msgspec.structs.replace(spec, default=getattr(defaults, spec.name), maximum=maximum))
+        specs.append(
+            msgspec.structs.replace(
+                spec,
+                default=getattr(defaults, spec.name),
+                maximum=maximum,
+                available=spec.name not in unavailable,
+                unavailable_reason=unavailable.get(spec.name),
+            )
+        )
     return tuple(specs)
 
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
 from inference_server.engine.scheduler import StepPlan
+
+
+class Runner(Protocol):
+    """One way to compute a step. All ways share the cache's tensors, so that each step may take another."""
+
+    label: str
+    """What a step record calls this path."""
+    greedy: NDArray[np.int64] | None
+    """Most likely token of each row of the last logits, where the path knows them."""
+
+    def prepare(self, plan: StepPlan) -> Any:
+        """Pack a plan, for :meth:`forward`."""
+
+    def forward(self, plan: StepPlan, packed: Any) -> Tensor:
+        """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
 
 
 class ModelRunner:
@@ -20,6 +38,9 @@ class ModelRunner:
         Built with the attention implementation :data:`inference_server.engine.attention.NAME`.
     tensors : PagedKVTensors
     """
+
+    label: str = "eager"
+    greedy: NDArray[np.int64] | None = None
 
     def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
         self.model = model
