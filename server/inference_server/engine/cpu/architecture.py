@@ -62,7 +62,7 @@ class Architecture:
     sin: Tensor
 
 
-def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def check_supported(model: Any, dtype: torch.dtype) -> None:
     """Find out whether a model fits, without changing it.
 
     Raises
@@ -71,8 +71,6 @@ def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> Non
         Saying why not.
     """
     name, config = type(model).__name__, model.config.get_text_config()
-    if device.type != "cpu":
-        raise UnsupportedError("it is for models on the CPU")
     if name not in FAMILY:
         raise UnsupportedError(f"{name} is not of the Llama family ({', '.join(FAMILY)})")
     if dtype not in {torch.float32, torch.bfloat16}:
@@ -182,7 +180,9 @@ def _angles(model: Any, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all positions, from the model's own rotary embedding."""
     rotary = model.model.rotary_emb
     with torch.inference_mode():
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
+        device = rotary.inv_freq.device
+        place = torch.arange(positions, device=device)[None]
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), place)
     half = head_dim // 2
     if cos.shape[-1] != head_dim:
         raise UnsupportedError("it rotates only a part of each head")

@@ -79,7 +79,9 @@ def start(model: Any, plain: ModelRunner, positions: int, *, compilation: Compil
         Saying why the model cannot have one.
     """
     tensors = plain.tensors
-    check_supported(model, tensors.device, tensors.dtype)
+    if tensors.device.type != "cpu":
+        raise UnsupportedError("it is for models on the CPU")
+    check_supported(model, tensors.dtype)
     (compilation or Compilation()).wait()
     from inference_server.engine.cpu.runner import FastRunner  # noqa: PLC0415 - imports the compiled kernels
 
