@@ -25,7 +25,7 @@ echo "  - No space left?                      About 4 GB are needed here (more w
 exit 1
 endef
 
-.PHONY: help lab test lint types unit browser python-tests extension-checks clean
+.PHONY: help lab test lint types unit browser python-tests extension-checks screenshots clean
 
 help:
 	@grep -E '^# make|^[a-z-]+:.*## ' Makefile | sed -E 's/^# //; s/:.*## /\t/'
@@ -57,6 +57,9 @@ unit: $(VENV)/dev-installed  ## pytest without the browser
 
 browser: $(VENV)/dev-installed $(VENV)/chromium  ## only the tests in a real Chromium
 	@pytest -m browser $(ARGS)
+
+screenshots: $(VENV)/dev-installed $(VENV)/chromium  ## take the pictures in docs/images again
+	@python docs/screenshots.py
 
 # -- setting up -------------------------------------------------------------------------------------------------------
 

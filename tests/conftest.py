@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# Before torch loads: spinning OpenMP threads of several processes would starve each other on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 for folder in ("", "server/engine"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Browser tests go last: their driver keeps an event loop running, in which no asynchronous test could run."""
+    items.sort(key=lambda item: "browser" in Path(str(item.path)).parts)
 
 
 @pytest.fixture(scope="session")

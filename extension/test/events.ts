@@ -67,6 +67,7 @@ export function request(handle: number, state: RequestEvent['state'], outputToke
     at_ns: 0,
     arrival_ns: 0,
     prompt_tokens: 12,
+    cached_tokens: 0,
     output_tokens: outputTokens,
     max_tokens: 100,
     preview: 'Once',

@@ -21,6 +21,9 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 
+EXIT_LOAD_FAILED = 2
+"""Exit status of an engine process whose last words were :class:`LoadFailed`."""
+
 Cost = Literal["free", "prebuilt", "catch-up", "recompute", "rebuild"]
 EngineState = Literal["starting", "loading", "ready", "failed", "restarting", "stopped"]
 RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
@@ -322,6 +325,8 @@ class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     preempted: list[int] = []
     started: list[int] = []
     """Requests that left the queue in this step."""
+    cached: list[int] = []
+    """For each of ``started``, how many of its prompt's positions the prefix cache supplied."""
     kv_events: KvEvents | None = None
     """``None`` when no block changed hands."""
 
@@ -442,6 +447,8 @@ class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
     max_tokens: int
     preview: str
     """The first characters of the prompt, for labels."""
+    cached_tokens: int = 0
+    """Prompt positions that the prefix cache supplied."""
     first_token_ns: int | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None

@@ -116,6 +116,7 @@ export interface RequestEvent {
   at_ns: number;
   arrival_ns: number;
   prompt_tokens: number;
+  cached_tokens: number;
   output_tokens: number;
   max_tokens: number;
   preview: string;
@@ -151,7 +152,15 @@ export interface EngineEvent {
   failed_requests: number;
 }
 
-export type TelemetryEvent = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent;
+/** What happened to KV blocks in one step, in order. */
+export interface KvEvents {
+  t: 'kv';
+  step: number;
+  op: number[];
+  block: number[];
+}
+
+export type TelemetryEvent = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents;
 
 export interface ServerInfo {
   version: string;

@@ -298,6 +298,8 @@ export class TelemetryStore {
       case 'engine':
         this.takeEngine(event, live);
         break;
+      case 'kv':
+        break; // logged and recorded; no view draws single blocks yet
     }
   }
 

@@ -264,7 +264,11 @@ export class TokenStrip implements View {
         failed: trans.__('failed: %1', firstSentence(event.error ?? ''))
       };
       parts.push(states[event.state]);
-      parts.push(trans.__('prompt %1', event.prompt_tokens));
+      parts.push(
+        event.cached_tokens > 0
+          ? trans.__('prompt %1, %2 from the prefix cache', event.prompt_tokens, event.cached_tokens)
+          : trans.__('prompt %1', event.prompt_tokens)
+      );
     }
     const produced = tokens.length > 0 ? tokens[tokens.length - 1].index + 1 : 0;
     parts.push(event ? trans.__('%1/%2 tokens', produced, event.max_tokens) : trans.__('%1 tokens', produced));

@@ -86,7 +86,6 @@ class Engine:
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
         self.runner = ModelRunner(loaded.model, tensors)
-        self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.fast: FastRunner | None = None
         unavailable = {}
         try:
@@ -102,6 +101,7 @@ class Engine:
         self._specs = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
         self.requests: dict[int, Request] = {}
@@ -435,6 +435,7 @@ class Engine:
             tokens=tokens,
             preempted=_handles(plan.preempted),
             started=_handles(plan.started),
+            cached=[request.cached_prompt_tokens for request in plan.started],
             kv_events=self._kv_events(plan.step),
         )
         return report, settled
@@ -487,7 +488,9 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             kv=self.cache.usage(),
         )
-        return StepReport(step=event, tokens=tokens, started=[request.handle for request, _ in replays])
+        return StepReport(
+            step=event, tokens=tokens, started=[request.handle for request, _ in replays], cached=[0] * len(replays)
+        )
 
     def check_integrity(self) -> dict[str, int]:
         """Verify that every KV block is accounted for.

@@ -22,6 +22,7 @@ import zmq
 from inference_server.features import FeatureError
 from inference_server.lifetime import die_with_parent
 from inference_server.protocol import (
+    EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
     Cancel,
     CheckIntegrity,
@@ -44,6 +45,7 @@ from inference_server.protocol import (
 )
 
 IDLE_CHECK_SECONDS = 1.0
+LINGER_MS = 2000
 
 
 class EngineProcess:
@@ -90,16 +92,16 @@ class EngineProcess:
             engine = Engine.load(self.config, self._progress)
         except ModelError as error:
             self._emit(LoadFailed(str(error)))
-            return self._close(2)
+            return self._close(EXIT_LOAD_FAILED)
         except MemoryError as error:
             self._emit(
                 LoadFailed(f"out of memory while loading: {error}", "choose a smaller model or --dtype bfloat16")
             )
-            return self._close(2)
+            return self._close(EXIT_LOAD_FAILED)
         except Exception as error:  # noqa: BLE001 - whatever it is, a person must get to read it
             traceback.print_exc()
             self._emit(LoadFailed(f"{type(error).__name__}: {error}", "the traceback is in the engine's log"))
-            return self._close(3)
+            return self._close(EXIT_LOAD_FAILED)
         self._emit(
             Ready(
                 model=engine.model_info(),
@@ -183,14 +185,16 @@ class EngineProcess:
         return status
 
     def _send_loop(self) -> None:
-        socket = self._context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.LINGER, 2000)
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.connect(self._send)
         encoder = msgspec.msgpack.Encoder()
         while (message := self._outbox.get()) is not None:
             socket.send(encoder.encode(message))
         socket.close()
+        context.term()  # returns when the last words have left this process: they may say why it ends
 
     def _receive_loop(self) -> None:
         socket = self._context.socket(zmq.PULL)

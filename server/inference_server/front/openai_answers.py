@@ -25,12 +25,19 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """How many of the prompt's tokens the prefix cache supplied."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Token counts of one answer."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ChunkTelemetry(msgspec.Struct, frozen=True):
@@ -253,7 +260,8 @@ class _Writer:
         for sample in samples:
             prompts[sample.choice // each] = sample.prompt_tokens  # samples of one prompt share it
         read, written = sum(prompts.values()), sum(sample.output_tokens for sample in samples)
-        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        details = PromptTokensDetails(max((sample.cached_tokens for sample in samples), default=0))
+        return Usage(read, written, read + written, details)
 
     def _completion_logprobs(self, choice: int, tokens: Sequence[Output]) -> CompletionLogprobs | None:
         if not self._logprobs:

@@ -151,7 +151,13 @@ class OpenAiApi:
             sampling = [body.sampling(_token_limit(body, len(prompt), ready)) for prompt in encoded]
             _check_vocabulary(encoded, ready)
             self._requests.submit(
-                generation, encoded, sampling, tokenizer=tokenizer, stops=body.stops, priority=body.priority
+                generation,
+                encoded,
+                sampling,
+                tokenizer=tokenizer,
+                stops=body.stops,
+                priority=body.priority,
+                overrides=body.features,
             )
             writer = writer_class(
                 generation,

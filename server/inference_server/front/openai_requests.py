@@ -66,6 +66,7 @@ class SamplingBody(_Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     priority: int = 0
+    features: dict[str, bool | int | str] | None = None
     request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     telemetry: bool = False
     logit_bias: dict[str, float] | None = None

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inference_server.front.detokenizer import Detokenizer, StopStrings
@@ -47,6 +47,7 @@ class Sample:
     id: str
     generation: Generation
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     max_tokens: int = 0
     state: RequestState = "queued"
     output_tokens: int = 0
@@ -259,6 +260,7 @@ class RequestTable:
         tokenizer: ModelTokenizer,
         stops: Sequence[str] = (),
         priority: int = 0,
+        overrides: Mapping[str, bool | int | str] | None = None,
     ) -> None:
         """Hand a generation to the engine.
 
@@ -274,6 +276,8 @@ class RequestTable:
             Strings that end a text.
         priority
             Lower runs first.
+        overrides
+            Feature values that hold for this generation alone.
         """
         each = generation.samples_per_prompt
         for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
@@ -291,6 +295,7 @@ class RequestTable:
                     sampling=params,
                     arrival_ns=generation.arrival_ns,
                     priority=priority,
+                    overrides=dict(overrides or {}),
                 )
             )
 
@@ -323,6 +328,11 @@ class RequestTable:
     def step_report(self, report: StepReport) -> None:
         """Log a step and send its tokens on their way. The hot path: constant work per token."""
         self._log.append(report.step)
+        if report.kv_events is not None:
+            self._log.append(report.kv_events)
+        for handle, cached in zip(report.started, report.cached, strict=False):
+            if (started := self._samples.get(handle)) is not None:
+                started.cached_tokens = max(started.cached_tokens, cached)
         for handle in report.started:
             self._change_state(handle, "running")
         if self._preempted:
@@ -428,6 +438,7 @@ class RequestTable:
                 output_tokens=sample.output_tokens,
                 max_tokens=sample.max_tokens,
                 preview=generation.preview,
+                cached_tokens=sample.cached_tokens,
                 first_token_ns=sample.first_token_ns,
                 finish_reason=sample.finish_reason,
                 error=sample.error,

@@ -24,6 +24,7 @@ from inference_server.front.engine_process import EngineProcess, EngineStartErro
 from inference_server.front.errors import ApiError
 from inference_server.front.settings import Settings
 from inference_server.protocol import (
+    EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
     CheckIntegrity,
     CommandDone,
@@ -53,6 +54,7 @@ from inference_server.protocol import (
 _log = structlog.get_logger(__name__)
 
 _WATCH_S = 0.5
+_LAST_WORDS_S = 5.0
 _QUIET_S = 0.25
 """When nothing has come for so long from an engine that has ended, nothing more will."""
 _PINGS_AT_START = 8
@@ -331,7 +333,7 @@ class EngineSupervisor:
             status = await process.wait()
             # What it said before it died is still in the socket.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(), 2.0)
+                await asyncio.wait_for(self._drained(status), _LAST_WORDS_S)
         finally:
             for task in tasks:
                 task.cancel()
@@ -342,10 +344,10 @@ class EngineSupervisor:
         _log.warning("engine ended", pid=process.pid, status=status)
         return obituary
 
-    async def _drained(self) -> None:
-        """Return when the listener has been idle for a moment."""
+    async def _drained(self, status: int) -> None:
+        """Return when the listener has been idle for a moment, and has heard what ``status`` promises."""
         heard = -1.0
-        while heard != self._last_heard_s:
+        while heard != self._last_heard_s or (status == EXIT_LOAD_FAILED and not self._load_failed):
             heard = self._last_heard_s
             await asyncio.sleep(_QUIET_S)
 
@@ -541,4 +543,7 @@ class EngineSupervisor:
         step = msgspec.structs.replace(
             step, step=number, epoch=epoch, begin_ns=step.begin_ns + offset, end_ns=step.end_ns + offset
         )
-        return msgspec.structs.replace(report, step=step)
+        events = report.kv_events
+        if events is not None:
+            events = msgspec.structs.replace(events, step=step.step)
+        return msgspec.structs.replace(report, step=step, kv_events=events)

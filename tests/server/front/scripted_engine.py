@@ -20,6 +20,7 @@ import zmq
 from inference_server import features
 from inference_server.lifetime import die_with_parent
 from inference_server.protocol import (
+    EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
     Cancel,
     Capacity,
@@ -77,8 +78,8 @@ class ScriptedEngine:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.config = msgspec.json.decode(options.config, type=EngineConfig)
-        context = zmq.Context()
-        self.commands, self.reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        self.context = zmq.Context()
+        self.commands, self.reports = self.context.socket(zmq.PULL), self.context.socket(zmq.PUSH)
         self.commands.setsockopt(zmq.RCVHWM, 0)
         self.reports.setsockopt(zmq.SNDHWM, 0)
         self.commands.connect(options.receive)
@@ -109,7 +110,12 @@ class ScriptedEngine:
         time.sleep(self.options.load_s)
         if self.options.behaviour == "load-fails":
             self.say(LoadFailed("The weights are not weights.", "Choose a model."))
-            sys.exit(2)
+            self.silent = True
+            with self.lock:
+                self.reports.close()
+                self.commands.close()
+                self.context.term()  # what was said has left this process
+            sys.exit(EXIT_LOAD_FAILED)
         if self.options.behaviour == "dies-loading":
             os.kill(os.getpid(), signal.SIGSEGV)
         self.say(self.ready())

@@ -19,10 +19,10 @@ import torch
 
 from inference_server.models.cache import cache_folder
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 """Row counts that are measured; others use the next larger one's choice."""
 ROUNDS = 20
-TRUSTED_ROUNDS = 3
+TRUSTED_ROUNDS = 6
 """Rounds that a table needs to be remembered, and a shape to leave the own kernel, which a busy machine slows least."""
 BUDGET_SECONDS = 3.0
 OWN, TORCH = "own", "torch"
@@ -64,7 +64,8 @@ def load_or_measure(key: str, shapes: list[Shape], clock: Clock) -> Choices:
     remembered = _read(path, key, shapes)
     if remembered is not None:
         return Choices(remembered, TRUSTED_ROUNDS)
-    seconds, rounds = _measure(shapes, clock)
+    measured, rounds = _measure(shapes, clock)
+    seconds = _without_outliers(measured)
     if rounds >= TRUSTED_ROUNDS:  # on a machine too busy for that, the next start measures again
         _write(path, key, seconds)
     return Choices(seconds, rounds)
@@ -111,9 +112,21 @@ def _measure(shapes: list[Shape], clock: Clock) -> tuple[Seconds, int]:
                     if done and (time.perf_counter() > deadline):
                         return seconds, done
                     # What is far behind after some tries will not win.
-                    if done < TRUSTED_ROUNDS or best < 1.5 * min(times.values()):
+                    if done < 3 or best < 1.5 * min(times.values()):
                         times[kernel] = min(best, clock(kernel, shape, rows))
     return seconds, done + 1
+
+
+def _without_outliers(seconds: Seconds) -> Seconds:
+    """Fewer rows never take longer: what says otherwise was disturbed."""
+    result: Seconds = {}
+    for shape, by_rows in seconds.items():
+        result[shape] = {}
+        least = {OWN: float("inf"), TORCH: float("inf")}
+        for rows in sorted(by_rows, reverse=True):
+            least = {kernel: min(time, by_rows[rows][kernel]) for kernel, time in least.items()}
+            result[shape][rows] = least
+    return result
 
 
 def _read(path: Path, key: str, shapes: list[Shape]) -> Seconds | None:

@@ -31,6 +31,8 @@ MAX_GROUP = 16
 MAX_HEAD_DIM = 256
 TILE_N = 8
 """Rows of a weight matrix that one step of the matrix kernel covers."""
+ROW_BLOCK = 64
+"""Activations that are multiplied with all of a thread's weights before the next ones."""
 OP_WIDTH = 16
 """Integers in one row of a program."""
 
@@ -342,7 +344,7 @@ def _largest_of(typingctx: Any, line: Any, count: Any) -> Any:  # noqa: ARG001
             value = _read(builder, builder.add(line, offset), False)
             return [builder.select(builder.fcmp_ordered(">", value, carried[0]), value, carried[0])]
 
-        (most,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(_LOWEST)], step)
+        (most,) = _loop(builder, builder.mul(count, _i64(4)), LANES * 4, [_splat(float(_LOWEST))], step)
         kind = ir.FunctionType(_float, [_vector])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
         return builder.call(reduce, [most])
@@ -650,11 +652,16 @@ def _linear(thread: int, threads: int, m: int, op: Any) -> None:
     end = min(tiles * (thread + 1) // threads * TILE_N, n)
     if begin >= end:
         return
-    if bf16:
-        size = 2 if narrow else 4
-        _matrix_bf16(x, k * 2, w + begin * k * 2, k * 2, out + begin * size, n * size, m, end - begin, k, narrow)
-    else:
-        _matrix_f32(x, k * 4, w + begin * k * 4, k * 4, out + begin * 4, n * 4, m, end - begin, k)
+    # Rows in blocks that stay in the second-level cache while the weights pass by.
+    for row in range(0, m, ROW_BLOCK):
+        count = min(ROW_BLOCK, m - row)
+        if bf16:
+            size = 2 if narrow else 4
+            source, target = x + row * k * 2, out + (row * n + begin) * size
+            _matrix_bf16(source, k * 2, w + begin * k * 2, k * 2, target, n * size, count, end - begin, k, narrow)
+        else:
+            source, target = x + row * k * 4, out + (row * n + begin) * 4
+            _matrix_f32(source, k * 4, w + begin * k * 4, k * 4, target, n * 4, count, end - begin, k)
 
 
 # -- element-wise operations -------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Takes the pictures in ``docs/images``: a real JupyterLab, the real engine, the real model (``make screenshots``)."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "browser"))
+
+from conftest import FLAGS, NAMES
+from jupyterlab import JupyterLab, running_jupyterlab
+from workbench_page import finished, generate, open_lab, open_panel, wait_ready, wait_tokens
+
+IMAGES = ROOT / "docs" / "images"
+
+
+def new_page(browser: Browser, height: int = 1080) -> Page:
+    return browser.new_context(viewport={"width": 1720, "height": height}).new_page()
+
+
+def switched_in_the_middle(page: Page, workbench: object, preset: str = "long") -> None:
+    """A generation with the KV cache switched off and on again."""
+    toggle = page.locator("[data-feature=kv_cache] .iw-toggle").first
+    generate(workbench, preset, tokens=150)  # type: ignore[arg-type]
+    wait_tokens(page, 45)
+    toggle.click()
+    wait_tokens(page, 75)
+    toggle.click()
+    wait_tokens(page, 130)
+
+
+def teaching(browser: Browser, lab: JupyterLab) -> None:
+    page = new_page(browser)
+    open_lab(page, lab, **{"inference-workbench": "teach"})
+    workbench = wait_ready(page)
+    page.locator(".jp-Notebook .jp-MarkdownOutput h1").first.wait_for(timeout=60_000)
+    switched_in_the_middle(page, workbench)
+    page.screenshot(path=IMAGES / "workbench-light.png")
+    page.context.close()
+
+
+def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
+    page = new_page(browser, 1500)
+    workbench = open_panel(page, lab)
+    if theme == "dark":
+        page.evaluate("window.jupyterapp?.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        page.wait_for_timeout(1500)
+    switched_in_the_middle(page, workbench)
+    finished(workbench)
+    generate(workbench, "story", tokens=60, parallel=8)
+    finished(workbench)
+    page.wait_for_timeout(800)
+    page.screenshot(path=IMAGES / f"panel-{theme}.png")
+    page.context.close()
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="iw-"))
+    executable = next((path for name in NAMES if (path := shutil.which(name))), None)
+    with running_jupyterlab(folder) as lab, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        teaching(chromium, lab)
+        for theme in ("light", "dark"):
+            panel(chromium, lab, theme)
+        chromium.close()
+    shutil.rmtree(folder, ignore_errors=True)
+    print(*sorted(IMAGES.glob("*.png")), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
