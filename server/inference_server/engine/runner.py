@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
+from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import StepPlan
 
 
@@ -19,8 +19,8 @@ class Runner(Protocol):
 
     label: str
     """What a step record calls this path."""
-    greedy: NDArray[np.int64] | None
-    """Most likely token of each row of the last logits, where the path knows them."""
+    greedy: Tokens | None
+    """Most likely token of each row of the last logits, where the path finds them; perhaps still on the device."""
 
     def prepare(self, plan: StepPlan) -> Any:
         """Pack a plan, for :meth:`forward`."""
@@ -40,7 +40,7 @@ class ModelRunner:
     """
 
     label: str = "eager"
-    greedy: NDArray[np.int64] | None = None
+    greedy: Tokens | None = None
 
     def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
         self.model = model

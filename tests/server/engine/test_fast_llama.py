@@ -306,3 +306,17 @@ def test_a_fast_path_that_computes_something_else_is_refused(monkeypatch: pytest
     monkeypatch.setattr(path, "fuse", wrong)
     with pytest.raises(UnsupportedError, match="logits differ"):
         path.start(model, ModelRunner(model, tensors), 128)
+
+
+@pytest.mark.model
+def test_the_default_model_gives_transformers_tokens_while_the_path_is_switched() -> None:
+    from inference_server.engine.core import Engine
+    from inference_server.protocol import EngineConfig
+
+    engine = Engine.load(EngineConfig(model="default", kv_bytes=1 << 26), lambda *_: None)
+    draw = random.Random(0)
+    texts = [[draw.randrange(100, 40_000) for _ in range(length)] for length in (3, 21)]
+    expected = [generate(engine.loaded.model, text, 12) for text in texts]
+    for handle, text in enumerate(texts):
+        submit(engine, handle, text, max_tokens=12, **GREEDY)
+    assert run(engine, {4: {"fast_path": False}, 6: {"fast_path": True}}) == dict(enumerate(expected))

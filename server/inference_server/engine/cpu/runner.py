@@ -102,6 +102,8 @@ class FastRunner:
         self.label = "fast-cpu fp32" if architecture.dtype == torch.float32 else "fast-cpu bf16"
         self.greedy: NDArray[np.int64] | None = None
         """Most likely token of each row of the last logits, computed beside them."""
+        self.kernel_ns = 0
+        """Time that the last step spent in kernels and in calling them; the rest of the step is the host's."""
         self._bf16 = int(architecture.dtype == torch.bfloat16)
         self._parameters = np.zeros(kernels.NUM_PARAMETERS, dtype=INT)
         self._parameters_address: int = self._parameters.ctypes.data
@@ -257,6 +259,7 @@ class FastRunner:
         if packed.max_splits > 1:
             self._reserve_partials(packed)
         parts, logits = self._bind(packed.rows, packed.num_kept, bool(packed.segments))
+        begin = time.perf_counter_ns()
         for part in parts:
             if part[0] == "region":
                 self._launch(part[1], part[2])  # type: ignore[arg-type]
@@ -264,6 +267,7 @@ class FastRunner:
                 torch.mm(part[1], part[2], out=part[3])  # type: ignore[misc, arg-type]
             else:
                 self._attend_segments(part[1], packed)  # type: ignore[arg-type]
+        self.kernel_ns = time.perf_counter_ns() - begin
         self.greedy = self._greedy_buffer[: packed.num_kept]
         return logits
 

@@ -120,6 +120,7 @@ class GpuRunner:
         self.tensors: PagedKVTensors = plain.tensors
         self.device = self.tensors.device
         self.use_graphs = True
+        """Replay captured graphs (the feature ``cuda_graphs``)."""
         self.greedy: Selection | None = None
         self._cuda = self.device.type == "cuda"
         self._pdl = pdl and self._cuda and torch.cuda.get_device_capability(self.device) >= (9, 0)
