@@ -511,9 +511,7 @@ class Engine:
             kv_events=events,
         )
 
-    def _complete(
-        self, flight: _Flight, begin: int, phases: _Phases
-    ) -> tuple[StepReport, list[FeaturesSettled]]:
+    def _complete(self, flight: _Flight, begin: int, phases: _Phases) -> tuple[StepReport, list[FeaturesSettled]]:
         """Choose the tokens of a launched step, book them, and report it."""
         plan, pending = flight.plan, flight.greedy
         device_ns = None
@@ -577,9 +575,7 @@ class Engine:
             cached=[request.cached_prompt_tokens for request in plan.started],
             kv_events=None
             if not kv_events
-            else KvEvents(
-                step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]
-            ),
+            else KvEvents(step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]),
         )
         return report, settled
 

@@ -102,9 +102,7 @@ def test_argmax_takes_the_first_of_equals_and_notes_it_by_seat() -> None:
     logits[1, kernels.ARGMAX_BLOCK] = 9.0
     best, index = torch.empty(3, 4, device=DEVICE), torch.empty(3, 4, device=DEVICE, dtype=torch.int32)
     tokens, last = (torch.full((size,), -7, device=DEVICE, dtype=torch.int32) for size in (3, 4))
-    kernels.argmax(
-        logits, torch.tensor([2, 0, -1], device=DEVICE, dtype=torch.int32), best, index, tokens, last
-    )
+    kernels.argmax(logits, torch.tensor([2, 0, -1], device=DEVICE, dtype=torch.int32), best, index, tokens, last)
     third = int(logits[2].argmax())
     assert tokens.tolist() == [77, kernels.ARGMAX_BLOCK, third]
     assert last.tolist() == [kernels.ARGMAX_BLOCK, -7, 77, -7]
