@@ -139,6 +139,7 @@ def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None
     loaded = loader.inspect(
         model, LocatedModel(shape, "random", Path()), torch.device("cuda", 0), torch.bfloat16, lambda *_: None
     )
+    emit(what="checked", s=time.perf_counter() - START)
     config = EngineConfig(
         max_num_seqs=256,
         max_model_len=4096,
@@ -164,6 +165,9 @@ def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None
     serve([(prompt(0), 1)])
     emit(what="first token", s=time.perf_counter() - START)
     serve([(prompt(1), 64)])
+    # Requests that end one after another: a graph of every batch size is captured, as vLLM does before it is ready.
+    serve([(tokens[:24], 1 + i // 2) for i, (tokens, _) in enumerate(work(seed=1000))])
+    emit(what="full speed", s=time.perf_counter() - START)
     for turn in range(rounds):
         if only != "batch":
             steps: list[Any] = []
@@ -187,7 +191,7 @@ def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None
             for telemetry in (True, False) if turn % 2 == 0 else (False, True):
                 sink.on = telemetry
                 steps = []
-                requests = work(seed=turn)
+                requests = work(seed=2 * turn + telemetry)
                 s = serve(requests, steps)
                 count = sum(length for _, length in requests)
                 device = sum(step.device_ns or 0 for step in steps) / 1e9
@@ -220,9 +224,7 @@ def run_transformers(shape: str, rounds: int) -> None:
     def generate(count: int, **options: Any) -> float:
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        model.generate(
-            ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, **options
-        )
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, **options)
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
@@ -309,7 +311,15 @@ def bandwidth() -> float:
 
     x = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
     y = torch.empty_like(x)
-    return 2 * x.numel() / timed(lambda: y.copy_(x))
+    times = []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        y.copy_(x)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * x.numel() / statistics.median(times)
 
 
 def run_device() -> None:
@@ -373,6 +383,65 @@ def run_kernels(shape: str) -> None:
         rows.sort(key=lambda row: row[1])
         for label, t in [*rows[:4], *(row for row in rows[4:] if row[0] in {"cublas", "chosen"})]:
             emit(what="kernel", matrix=name, n=n, k=k, MB=size / 1e6, kernel=label, us=1e6 * t, share=floor / t)
+
+
+def run_attention(shape: str) -> None:
+    """Decode attention of one layer by tile, at batch 256 and 1: bytes of keys and values over time."""
+    import torch
+
+    sys.path[:0] = [str(ROOT / "server")]
+    from inference_server.engine.gpu import kernels
+
+    peak = bandwidth()
+    s = SHAPES[shape]
+    heads, kv, dim = s["num_attention_heads"], s["num_key_value_heads"], s["head_dim"]
+    draw = random.Random(0)
+    for batch, lengths in ((256, [draw.randint(100, 1500) for _ in range(256)]), (32, [1000] * 32), (1, [400])):
+        slots = 16 * sum(-(-length // 16) for length in lengths)
+        copies = max(2, min(32, int(6e9 // (slots * kv * dim * 4))))
+        caches = [torch.randn(2, slots, kv, dim, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        blocks = list(range(slots // 16))
+        draw.shuffle(blocks)
+        tables = torch.zeros(batch, 256, dtype=torch.int32)
+        for seat, length in enumerate(lengths):
+            count = -(-length // 16)
+            tables[seat, :count] = torch.tensor([blocks.pop() for _ in range(count)])
+        tables = tables.cuda()
+        qkv = torch.randn(batch, (heads + 2 * kv) * dim, device="cuda", dtype=torch.bfloat16)
+        gain = torch.ones(dim, device="cuda")
+        cos = sin = torch.rand(4096, dim // 2, device="cuda")
+        positions = torch.tensor(lengths, device="cuda", dtype=torch.int32) - 1
+        seats = torch.arange(batch, device="cuda", dtype=torch.int32)
+        out = torch.empty(batch, heads * dim, device="cuda", dtype=torch.bfloat16)
+        scratch = batch * kv * 32 * kernels.padded_group(heads // kv)
+        partial, state = torch.empty(scratch * dim, device="cuda"), torch.empty(scratch * 2, device="cuda")
+        counters = torch.zeros(batch * kv, device="cuda", dtype=torch.int32)
+        norm = gain if s["model_type"] == "qwen3" else None
+        rows = []
+        splits = {256: (1, 2, 4), 32: (1, 2, 4, 8), 1: (8, 16, 32)}[batch]
+        for split in splits:
+            for block, warps, stages in (
+                (32, 2, 3),
+                (32, 4, 3),
+                (64, 4, 2),
+                (64, 4, 3),
+                (128, 4, 2),
+                (128, 8, 2),
+                (64, 2, 3),
+            ):
+
+                def run() -> None:
+                    for keys, values in caches:
+                        kernels.attend_decode(
+                            qkv, None, norm, norm, cos, sin, positions, seats, tables, keys, values, out, partial,
+                            state, counters, scale=dim**-0.5, eps=1e-6, block_size=16, window=0, rotate=True,
+                            splits=split, block=block, warps=warps, stages=stages, pdl=True,
+                        )  # fmt: skip
+
+                rows.append((timed(run) / copies, split, block, warps, stages))
+        size = sum(lengths) * kv * dim * 4
+        for t, *tile in sorted(rows)[:5] + [row for row in rows if row[1:] == (splits[0], 64, 4, 3)]:
+            emit(what="attention", batch=batch, MB=size / 1e6, tile=tile, us=1e6 * t, share=size / peak / t)
 
 
 # -- the benchmark -----------------------------------------------------------------------------------------------------
@@ -470,6 +539,7 @@ def main() -> None:
     if options.kernels:
         for shape in shapes:
             run_kernels(shape)
+            run_attention(shape)
         return None
     device = subject("--subject", "device")[0]
     sys.path.insert(0, str(Path(__file__).parent))

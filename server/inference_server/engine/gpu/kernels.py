@@ -127,8 +127,18 @@ Tile = tuple[int, int, int]
 
 def gemv_tile(n: int, k: int) -> Tile:
     """The tile for a matrix of ``n`` rows of ``k``, by what was measured on an H100 (docs/gpu-performance.md)."""
-    columns = min(triton.next_power_of_2(k), 1024)
-    return (4 if n < 65536 else 8, columns, 4)
+    widest = int(triton.next_power_of_2(k))
+    if n >= 65536:
+        tile = (8, 1024, 4)
+    elif k >= 8192:
+        tile = (2, 2048, 4)
+    elif n <= 4096:
+        tile = (4, 2048, 8)
+    elif n <= 8192:
+        tile = (4, 512, 4)
+    else:
+        tile = (8, 512, 4)
+    return (tile[0], min(tile[1], widest), tile[2])
 
 
 def gemv(
@@ -566,7 +576,7 @@ def _launch(pdl: bool) -> dict[str, Any]:
 
 def decode_splits(batch: int, kv_heads: int) -> int:
     """How many programs share one request's context: enough to fill the device at small batches."""
-    return max(1, min(32, triton.next_power_of_2(triton.cdiv(512, batch * kv_heads))))
+    return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(512, batch * kv_heads)))))
 
 
 def attend_decode(
@@ -629,7 +639,7 @@ def attend_decode(
 
 def padded_group(group: int) -> int:
     """Rows of a matrix product for ``group`` query heads."""
-    return max(16, triton.next_power_of_2(group))
+    return max(16, int(triton.next_power_of_2(group)))
 
 
 def rotate_write(

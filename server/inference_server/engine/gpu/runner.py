@@ -59,6 +59,11 @@ class PackedStep:
     updates: int
 
 
+def _aligned(length: int) -> int:
+    """Numbers that a column takes up: each begins at 16 bytes, since kernels are compiled anew for other alignments."""
+    return -(-length // 4) * 4
+
+
 class Selection:
     """The most likely token of each sampled row, on its way from the device.
 
@@ -134,8 +139,7 @@ class GpuRunner:
         self._last_step = -1
         self._block_size = 0
         self._turn = 0
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.capture_ns: dict[int, int] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._host = [self._pinned(3 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
         self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
@@ -170,29 +174,33 @@ class GpuRunner:
         rows = len(items)
         if rows <= self._rows and all(item.count == 1 for item in items):
             bucket = next(each for each in BUCKETS if each >= rows)
-            pad = bucket - rows
+            pad = _aligned(bucket) - rows
             ids = [-1 if item.start >= len(item.request.tokens) else item.request.tokens[item.start] for item in items]
             positions = [item.start for item in items]
             kept = [row for row, item in enumerate(items) if item.sample]
             columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad]
         else:
             bucket = 0
-            ids, positions, columns_seats, kept_seats = [], [], [], []
+            ids, positions = [], []
+            columns_seats: list[int] = []
+            kept_seats: list[int] = []
             per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
-            for item, seat in zip(items, seats, strict=True):
+            for item, place in zip(items, seats, strict=True):
                 offset, start, count = len(ids), item.start, item.count
                 tokens = item.request.tokens[start : start + count]
                 ids += tokens if len(tokens) == count else [*tokens, -1]
                 positions += range(start, start + count)
-                columns_seats += [seat] * count
+                columns_seats += [place] * count
                 if item.sample:
                     kept.append(offset + count - 1)
-                    kept_seats.append(seat)
+                    kept_seats.append(place)
                 for begin in range(0, count, per_tile):
-                    tiles += (seat, offset + begin, start + begin, min(per_tile, count - begin))
+                    tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
             rows = len(ids)
             columns = [ids, positions, columns_seats, kept, kept_seats, tiles]
-        columns += (where, what)
+            columns = [column + [0] * (_aligned(len(column)) - len(column)) for column in columns]
+        spare = [0] * (_aligned(len(where)) - len(where))
+        columns += (where + spare, what + spare)
         length = sum(map(len, columns))
         slot = self._turn = (self._turn + 1) % SLOTS
         if length > len(self._host_np[slot]):
@@ -223,14 +231,15 @@ class GpuRunner:
         inputs = self._inputs[: packed.length] if fixed else torch.empty_like(source, device=self.device)
         inputs.copy_(source, non_blocking=True)
         if packed.updates:
-            changes = inputs[packed.length - 2 * packed.updates :]
-            kernels.scatter(self._tables, changes[: packed.updates], changes[packed.updates :])
+            where, what = inputs[packed.length - 2 * _aligned(packed.updates) :].chunk(2)
+            kernels.scatter(self._tables, where[: packed.updates], what[: packed.updates])
         if packed.bucket and not fixed:
-            self._inputs[: 3 * packed.bucket].copy_(inputs[: 3 * packed.bucket])
+            used = 3 * _aligned(packed.bucket)
+            self._inputs[:used].copy_(inputs[:used])
         if begin is not None:
             begin.record()
         if packed.bucket:
-            logits, tokens = self._decode_step(packed.bucket)
+            logits, tokens, capture = self._decode_step(packed.bucket)
             everything = packed.kept == list(range(packed.rows))
             kept = None if everything else packed.kept
             count = packed.rows
@@ -240,7 +249,7 @@ class GpuRunner:
                 logits = logits[:count]
         else:
             logits, tokens = self._mixed_step(packed, inputs)
-            kept, count = None, len(packed.kept)
+            kept, count, capture = None, len(packed.kept), False
             self.label = self._name
         if end is not None:
             end.record()
@@ -252,11 +261,13 @@ class GpuRunner:
         if arrived is not None:
             arrived.record()
         self.greedy = Selection(host, kept, begin, end, arrived)
+        if capture:
+            self._graphs[packed.bucket] = self._capture(packed.bucket)
         return logits
 
-    def _decode_step(self, bucket: int) -> tuple[Tensor, Tensor]:
-        key = (bucket, self._block_size)
-        graph = self._graphs.get(key) if self.use_graphs else None
+    def _decode_step(self, bucket: int) -> tuple[Tensor, Tensor, bool]:
+        """Launch the step in the fixed buffers; return logits, tokens, and whether to capture it now."""
+        graph = self._graphs.get(bucket) if self.use_graphs else None
         if graph is not None:
             self.label = f"{self._name}, graph"
             graph.replay()
@@ -264,9 +275,7 @@ class GpuRunner:
             # The first step of a size is launched kernel by kernel, which also compiles them, and then captured.
             self.label = self._name
             self._decode(bucket)
-            if self.use_graphs and self._cuda:
-                self._graphs[key] = self._capture(bucket)
-        return self._logits(bucket), self._tokens[:bucket]
+        return self._logits(bucket), self._tokens[:bucket], self.use_graphs and self._cuda and graph is None
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -288,7 +297,8 @@ class GpuRunner:
     def _decode(self, rows: int) -> None:
         """One position for each of ``rows`` rows of the fixed buffers."""
         a, pdl = self.architecture, self._pdl
-        ids, positions, seats = (self._inputs[part * rows : (part + 1) * rows] for part in range(3))
+        stride = _aligned(rows)
+        ids, positions, seats = (self._inputs[part * stride :][:rows] for part in range(3))
         residual, normed, qkv = self._residual[:rows], self._normed[:rows], self._qkv[:rows]
         attended, delta = self._attended[:rows], self._delta[:rows]
         both, active = self._both[:rows], self._active[:rows]
@@ -344,9 +354,11 @@ class GpuRunner:
         """Any step: some requests compute many positions."""
         a, rows, count = self.architecture, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
-        ids, positions, seats, kept, kept_seats, tiles = inputs[: packed.length - 2 * packed.updates].split(
-            [rows, rows, rows, count, count, 4 * packed.tiles]
-        )
+        parts, at = [], 0
+        for length in (rows, rows, rows, count, count, 4 * packed.tiles):
+            parts.append(inputs[at : at + length])
+            at += _aligned(length)
+        ids, positions, seats, kept, kept_seats, tiles = parts
         tiles = tiles.view(-1, 4)
         residual = torch.empty(rows, a.hidden, device=device)
         normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Runs the engine's tests with their models on the GPU: kernels, engine, every architecture under every combination.
+export INFERENCE_WORKBENCH_TEST_DEVICE=cuda
+cd "$(dirname "$0")/../../.." || exit
+exec python3 -m pytest -q tests/server/engine --ignore tests/server/engine/test_fast_llama.py \
+  --ignore tests/server/engine/test_default_model.py "$@"
