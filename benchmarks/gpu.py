@@ -93,7 +93,12 @@ def build(shape: str, attention: str) -> Any:
 
     config = AutoConfig.for_model(**SHAPES[shape])
     with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:  # as GPT-2 starts: without it rounding grows with the depth
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.mul_((2 * len(model.model.layers)) ** -0.5)
+    return model
 
 
 # -- subjects: each process prints JSON lines --------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from inference_server.protocol import (
     FeaturesSettled,
     KvEvents,
     KvOp,
+    KvUsage,
     ModelInfo,
     RequestCancelled,
     RequestFailed,
@@ -87,6 +88,8 @@ class _Flight:
     kv_events: list[tuple[KvOp, int]]
     booked: bool = False
     """The scheduler knows what the step computes; only its tokens are missing."""
+    after: tuple[int, int, KvUsage] | None = None
+    """Running and waiting requests and the KV cache after the step, where the next one was scheduled since."""
 
 
 class _Phases:
@@ -457,6 +460,7 @@ class Engine:
         if self._may_look_ahead(flight):
             self.scheduler.book(flight.plan, flight.features)
             flight.booked = True
+            flight.after = self._occupancy()
             flight.kv_events += self._take_kv_events()
             phases.end("update")
             ahead = self._launch(phases)
@@ -543,7 +547,7 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         settled = self._settle(tokens.request)
-        usage = self.cache.usage()
+        running, waiting, usage = flight.after or self._occupancy()
         kv_events = flight.kv_events + self._take_kv_events()
         end = phases.end("update")
         event = StepEvent(
@@ -561,8 +565,8 @@ class Engine:
             start=[item.start for item in plan.items],
             scheduled=[item.count for item in plan.items],
             kind=[int(item.kind) for item in plan.items],
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            running=running,
+            waiting=waiting,
             kv=usage,
             idle_slots=plan.idle_slots,
             device_ns=device_ns,
@@ -578,6 +582,9 @@ class Engine:
             else KvEvents(step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]),
         )
         return report, settled
+
+    def _occupancy(self) -> tuple[int, int, KvUsage]:
+        return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
 
     def _land(self) -> None:
         """Complete a step that was launched ahead; :meth:`step` returns its report next."""

@@ -132,6 +132,8 @@ def gemv_tile(n: int, k: int) -> Tile:
         tile = (8, 1024, 4)
     elif k >= 8192:
         tile = (2, 2048, 4)
+    elif k <= 1024:
+        tile = (4, 512, 4)
     elif n <= 4096:
         tile = (4, 2048, 8)
     elif n <= 8192:
@@ -182,7 +184,7 @@ def gemv_gate_up(
 ) -> None:
     """``out = silu(gate @ n) * (up @ n)`` with ``n`` the RMS norm of ``x``; ``weight`` is gate above up, ``[2 N, K]``."""
     n, k = weight.shape[0] // 2, weight.shape[1]
-    rows, columns, warps = tile or gemv_tile(2 * n, k)
+    rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
     _gemv_gate_up_kernel[(triton.cdiv(n, rows),)](
         x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **_launch(pdl)
@@ -576,7 +578,7 @@ def _launch(pdl: bool) -> dict[str, Any]:
 
 def decode_splits(batch: int, kv_heads: int) -> int:
     """How many programs share one request's context: enough to fill the device at small batches."""
-    return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(512, batch * kv_heads)))))
+    return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(256, batch * kv_heads)))))
 
 
 def attend_decode(
@@ -602,9 +604,9 @@ def attend_decode(
     window: int,
     rotate: bool,
     splits: int,
-    block: int = 64,
-    warps: int = 4,
-    stages: int = 3,
+    block: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
     pdl: bool = False,
 ) -> None:
     """One new position for each row: bias, q/k norm and rotation, its write to the cache, and its attention.
@@ -627,6 +629,10 @@ def attend_decode(
     """
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
+    if block is None:  # by measurement (docs/gpu-performance.md)
+        block = 64 if qkv.shape[0] < 16 or keys.dtype == torch.float32 else 128
+    warps = warps or (8 if block == 128 and qkv.shape[0] < 128 else 4)
+    stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
     _attend_decode_kernel[(qkv.shape[0], kv, splits)](
         qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
         scale, eps, tables.shape[1], block_size,

@@ -444,6 +444,7 @@ class GpuRunner:
         self._width = -(-self._positions // self._block_size)
         self._tables = torch.zeros(self._num_seats, self._width, dtype=torch.int32, device=self.device)
         self._graphs.clear()  # they hold the address and the width of the table
+        self._pool = None  # a pool ends with the last graph in it
         self._seats.clear()
         self._free = list(range(self._num_seats - 1, -1, -1))
 
