@@ -10,6 +10,11 @@ only then waits for the other's results (``gdc_wait``).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +26,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter. Its matrix products are wrong for bfloat16, so there they are float32."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+_compiling = False
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within, the functions of this module compile their kernels, many at once, and launch nothing."""
+    global _compiling  # noqa: PLW0603 - every launch of this module has to know
+    if INTERPRETED:
+        yield
+        return
+    _compiling = True
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _compiling = False
+
+
+def _start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What launches ``kernel`` on ``grid``, or only compiles it."""
+    if _compiling:
+        return partial(kernel.run, grid=grid, warmup=True)
+    launch: Callable[..., Any] = kernel[grid]
+    return launch
 
 
 @triton.jit
@@ -160,7 +191,7 @@ def gemv(
     """
     n, k = weight.shape
     rows, columns, warps = tile or gemv_tile(n, k)
-    _gemv_kernel[(triton.cdiv(n, rows),)](
+    _start(_gemv_kernel, (triton.cdiv(n, rows),))(
         x,
         gain,
         weight,
@@ -186,7 +217,7 @@ def gemv_gate_up(
     n, k = weight.shape[0] // 2, weight.shape[1]
     rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
-    _gemv_gate_up_kernel[(triton.cdiv(n, rows),)](
+    _start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
         x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **_launch(pdl)
     )
 
@@ -212,7 +243,7 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     """``residual[row] = table[ids[row]]``; an id of −1 stands for the token last chosen for the row's seat."""
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
-    _embed_kernel[(rows, triton.cdiv(hidden, block))](
+    _start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
         ids, seats, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
     )
 
@@ -255,7 +286,7 @@ def add_norm(
     """
     rows, hidden = out.shape
     block = triton.next_power_of_2(hidden)
-    _norm_kernel[(rows,)](
+    _start(_norm_kernel, (rows,))(
         residual, delta, gain, out, select, hidden, eps, delta is not None, select is not None, block, pdl,
         num_warps=8 if block >= 4096 else 4, **_launch(pdl),
     )  # fmt: skip
@@ -276,7 +307,7 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     """``out = silu(gate) * up`` for ``both`` ``[T, 2 W]``, gate before up."""
     rows, width = out.shape
     block = min(triton.next_power_of_2(width), 1024)
-    _silu_kernel[(rows, triton.cdiv(width, block))](both, out, width, block, pdl, num_warps=4, **_launch(pdl))
+    _start(_silu_kernel, (rows, triton.cdiv(width, block)))(both, out, width, block, pdl, num_warps=4, **_launch(pdl))
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -305,7 +336,7 @@ def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, 
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_decode_kernel(
     qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
     scale, eps, table_width, block_size,
@@ -413,7 +444,7 @@ def _attend_decode_kernel(
                     tl.store(counters + row * KV + head, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "block_size"])
 def _rotate_write_kernel(
     qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr,
@@ -443,7 +474,7 @@ def _rotate_write_kernel(
         tl.store(values + place, v.to(values.dtype.element_ty), mask=owned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_varlen_kernel(
     qkv, tiles, tables, keys, values, out, scale, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
@@ -553,13 +584,13 @@ def argmax(
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, ARGMAX_BLOCK)
-    _argmax_parts_kernel[(rows, parts)](logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
+    _start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
                                         **_launch(pdl))  # fmt: skip
-    _argmax_kernel[(rows,)](best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
+    _start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
                             **_launch(pdl))  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scatter_kernel(target, where, what, count, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
@@ -569,7 +600,7 @@ def _scatter_kernel(target, where, what, count, BLOCK: tl.constexpr):
 def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     """``target.view(-1)[where] = what``, all int32."""
     count = where.numel()
-    _scatter_kernel[(triton.cdiv(count, 128),)](target, where, what, count, 128, num_warps=1)
+    _start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
 
 
 def _launch(pdl: bool) -> dict[str, Any]:
@@ -633,7 +664,7 @@ def attend_decode(
         block = 64 if qkv.shape[0] < 16 or keys.dtype == torch.float32 else 128
     warps = warps or (8 if block == 128 and qkv.shape[0] < 128 else 4)
     stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
-    _attend_decode_kernel[(qkv.shape[0], kv, splits)](
+    _start(_attend_decode_kernel, (qkv.shape[0], kv, splits))(
         qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
         scale, eps, tables.shape[1], block_size,
         h, kv, d, h // kv, padded_group(h // kv), window,
@@ -668,7 +699,7 @@ def rotate_write(
     """Bias, q/k norm and rotation, queries in place, keys and values into the cache. Arguments as above."""
     kv, d = keys.shape[1], keys.shape[2]
     h = qkv.shape[1] // d - 2 * kv
-    _rotate_write_kernel[(qkv.shape[0],)](
+    _start(_rotate_write_kernel, (qkv.shape[0],))(
         qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, tables.shape[1], block_size,
         h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
         num_warps=8,
@@ -696,7 +727,7 @@ def attend_varlen(
     """
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
-    _attend_varlen_kernel[(tiles.shape[0], kv)](
+    _start(_attend_varlen_kernel, (tiles.shape[0], kv))(
         qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
         h, kv, d, h // kv, tile_tokens(h, kv), window, VARLEN_ROWS, block, keys.dtype == torch.float32, INTERPRETED, stages,
         num_warps=warps,

@@ -78,6 +78,7 @@ def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) ->
         requests.append(request)
     plain = ModelRunner(model, tensors)
     fast = GpuRunner(architecture, plain, CHECK_LENGTH, 2)
+    fast.compile()
     worst = 0.0
     a, b = requests
     steps = (((a, 0, 20),), ((a, 20, 2), (b, 0, 22)), ((a, 22, 1),), ((a, 22, 1),), ((a, 23, 1), (b, 22, 1)))

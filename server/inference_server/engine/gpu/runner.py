@@ -151,6 +151,17 @@ class GpuRunner:
         self._reserve()
         self._reset_tables()
 
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile what the first requests need, many kernels at once: one after another takes ten seconds."""
+        with kernels.compiling():
+            for bucket in {BUCKETS[0], self._rows}:
+                self._decode(bucket)
+            rows, kept, tiles = 4, [0], 1
+            inputs = torch.zeros(3 * rows + 2 * _aligned(1) + 4 * tiles, dtype=torch.int32, device=self.device)
+            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, tiles, 0), inputs)
+            kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def prepare(self, plan: StepPlan) -> Any:
