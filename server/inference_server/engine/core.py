@@ -16,9 +16,9 @@ from inference_server import features as feature_rules
 from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import path as fast_path
-from inference_server.engine.cpu.architecture import UnsupportedError
 from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
+from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes
 from inference_server.engine.request import Request
@@ -79,7 +79,8 @@ class _Flight:
     plan: StepPlan
     features: Features
     epoch: int
-    runner: Runner
+    fast: bool
+    """It takes the fast path."""
     path: str
     logits: Tensor
     greedy: Tokens | None
@@ -477,8 +478,8 @@ class Engine:
         return (
             features.overlap
             and self.gpu is not None
-            and flight.runner is self.gpu
-            and self._runner(features) is self.gpu
+            and flight.fast
+            and features.fast_path
             and flight.plan.use_cache
             and features.kv_cache
             and not self._replays
@@ -507,7 +508,7 @@ class Engine:
             plan=plan,
             features=features,
             epoch=self.epoch,
-            runner=runner,
+            fast=runner is not self.runner,
             path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
             logits=logits,
             greedy=runner.greedy,

@@ -17,10 +17,13 @@ from inference_server.engine.scheduler import StepPlan
 class Runner(Protocol):
     """One way to compute a step. All ways share the cache's tensors, so that each step may take another."""
 
-    label: str
-    """What a step record calls this path."""
-    greedy: Tokens | None
-    """Most likely token of each row of the last logits, where the path finds them; perhaps still on the device."""
+    @property
+    def label(self) -> str:
+        """What a step record calls this path."""
+
+    @property
+    def greedy(self) -> Tokens | None:
+        """Most likely token of each row of the last logits, where the path finds them; perhaps still on the device."""
 
     def prepare(self, plan: StepPlan) -> Any:
         """Pack a plan, for :meth:`forward`."""

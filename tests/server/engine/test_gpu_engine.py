@@ -30,13 +30,19 @@ def test_bfloat16_logits_are_near_those_of_float32_on_the_cpu(name: str) -> None
     with torch.no_grad():
         for parameter in model.parameters():  # random weights of a trained model's size: 0.3 is for greedy tests
             if parameter.dim() > 1:
-                parameter.mul_(0.1)
+                parameter.mul_(0.2)
     model.bfloat16()
     exact: Any = build(name)
     exact.load_state_dict(model.state_dict())
     tokens = torch.randint(3, 256, (60,)).tolist()
     with torch.inference_mode():
         expected = exact(input_ids=torch.tensor([tokens])).logits[0, [49, 58, 59]].double()
+    model.to(DEVICE)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        own = model(input_ids=torch.tensor([tokens], device=DEVICE)).logits[0, [49, 58, 59]].double().cpu()
+    # Some architectures (experts, soft caps) are further off in bfloat16 by themselves.
+    allowed = max(1e-2, 1.3 * float((own - expected).norm() / expected.norm()))
     engine = engine_for(model)
     request = Request(handle=0, prompt_len=60, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0)
     request.blocks = [3, 1, 0, 2]
@@ -46,7 +52,8 @@ def test_bfloat16_logits_are_near_those_of_float32_on_the_cpu(name: str) -> None
             plan = StepPlan(number, [Scheduled(request, start, count, Kind.PREFILL, sample=True)], use_cache=True)
             got.append(runner.forward(plan, runner.prepare(plan))[0].double().cpu())
         difference = float((torch.stack(got) - expected).norm() / expected.norm())
-        assert difference <= 1e-2, f"{name}, {runner.label}: {difference:.4f}"
+        print(f"{name:15} {runner.label:20} {difference:.4f}, allowed {allowed:.4f}")
+        assert difference <= allowed, f"{name}, {runner.label}: {difference:.4f} > {allowed:.4f}"
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -156,4 +163,4 @@ def test_a_steps_device_time_is_reported() -> None:
         report, _ = engine.step()
         assert report is not None
         times.append((report.step.device_ns, report.step.end_ns - report.step.begin_ns))
-    assert all(device is not None and 0 < device for device, _ in times)
+    assert all(device is not None and device > 0 for device, _ in times)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.cpu.architecture import UnsupportedError, check_supported, fuse
+from inference_server.engine.llama import UnsupportedError, check_supported, fuse
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan

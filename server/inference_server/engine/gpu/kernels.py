@@ -430,7 +430,7 @@ def _attend_decode_kernel(
                     largest = tl.full((GP,), float("-inf"), dtype=tl.float32)
                     weight = tl.zeros((GP,), dtype=tl.float32)
                     total = tl.zeros((GP, D), dtype=tl.float32)
-                    for i in range(0, active):
+                    for i in range(active):
                         at = slot0 + i * GP + g
                         m = tl.load(state + at * 2, mask=g < G, other=0.0, cache_modifier=".cg")
                         w = tl.load(state + at * 2 + 1, mask=g < G, other=1.0, cache_modifier=".cg")

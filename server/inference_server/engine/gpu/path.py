@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.cpu.architecture import Architecture, UnsupportedError, check_supported, fuse
+from inference_server.engine.llama import Architecture, UnsupportedError, check_supported, fuse
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan

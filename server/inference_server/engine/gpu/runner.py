@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.cpu.architecture import Architecture, Layer
 from inference_server.engine.gpu import kernels
+from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import StepPlan
@@ -290,7 +290,7 @@ class GpuRunner:
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -365,11 +365,11 @@ class GpuRunner:
         """Any step: some requests compute many positions."""
         a, rows, count = self.architecture, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
-        parts, at = [], 0
+        columns, at = [], 0
         for length in (rows, rows, rows, count, count, 4 * packed.tiles):
-            parts.append(inputs[at : at + length])
+            columns.append(inputs[at : at + length])
             at += _aligned(length)
-        ids, positions, seats, kept, kept_seats, tiles = parts
+        ids, positions, seats, kept, kept_seats, tiles = columns
         tiles = tiles.view(-1, 4)
         residual = torch.empty(rows, a.hidden, device=device)
         normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
