@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "browser"))
 
-from conftest import FLAGS, NAMES
 from jupyterlab import JupyterLab, running_jupyterlab
 from workbench_page import finished, generate, open_lab, open_panel, wait_ready, wait_tokens
+
+from conftest import FLAGS, NAMES
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -23,10 +25,10 @@ def new_page(browser: Browser, height: int = 1080) -> Page:
     return browser.new_context(viewport={"width": 1720, "height": height}).new_page()
 
 
-def switched_in_the_middle(page: Page, workbench: object, preset: str = "long") -> None:
+def switched_in_the_middle(page: Page, workbench: Locator) -> None:
     """A generation with the KV cache switched off and on again."""
     toggle = page.locator("[data-feature=kv_cache] .iw-toggle").first
-    generate(workbench, preset, tokens=150)  # type: ignore[arg-type]
+    generate(workbench, "long", tokens=150)
     wait_tokens(page, 45)
     toggle.click()
     wait_tokens(page, 75)
@@ -48,7 +50,9 @@ def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
     page = new_page(browser, 1500)
     workbench = open_panel(page, lab)
     if theme == "dark":
-        page.evaluate("window.jupyterapp?.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+        page.get_by_role("menuitem", name="Settings").click()
+        page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Dark$")).click()
         page.wait_for_timeout(1500)
     switched_in_the_middle(page, workbench)
     finished(workbench)

@@ -66,8 +66,6 @@ def _environment(folder: Path) -> dict[str, str]:
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
     }
-    # The page needs a core of its own: two spinning engine threads would starve a two-core machine.
-    env.setdefault("INFERENCE_WORKBENCH_THREADS", "1")
     code = find_spec("inference_workbench")
     if code and code.origin and ROOT / "workbench" not in Path(code.origin).parents and _PREFIX_EXTENSION.exists():
         return env

@@ -229,5 +229,6 @@ def test_the_panel_says_when_jupyterlab_itself_is_gone(page: Page, complaints: l
         lab.process.kill()
         expect(status).to_have_attribute("data-connection", "waiting", timeout=10_000)
         expect(page.locator(".iw-message")).to_contain_text("JupyterLab’s server does not answer", timeout=10_000)
+        page.goto("about:blank")  # or the page goes on complaining after the next line
     shutil.rmtree(folder, ignore_errors=True)
     complaints.clear()

@@ -222,9 +222,9 @@ class Engine:
         loaded = self.loaded
         heads, head_dim, _ = loaded.kv_shapes[0]
         device = loaded.device
-        name = (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         return ModelInfo(
             name=self.config.served_name or loaded.located.name,
             source=loaded.located.source,

@@ -62,8 +62,16 @@ class Architecture:
     sin: Tensor
 
 
-def check_supported(model: Any, dtype: torch.dtype) -> None:
+def check_supported(model: Any, dtype: torch.dtype, multiple: int = 1) -> None:
     """Find out whether a model fits, without changing it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    dtype : torch.dtype
+        To compute in.
+    multiple : int
+        What the kernels need all widths to be a multiple of.
 
     Raises
     ------
@@ -89,9 +97,8 @@ def check_supported(model: Any, dtype: torch.dtype) -> None:
     if attention.head_dim > MAX_HEAD_DIM or heads // kv_heads > MAX_GROUP:
         raise UnsupportedError(f"its heads are larger than {MAX_HEAD_DIM} or share a KV head by more than {MAX_GROUP}")
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim, heads * attention.head_dim)
-    step = 16 if dtype == torch.float32 else 32
-    if any(width % step for width in widths):
-        raise UnsupportedError(f"its sizes {widths} are not all multiples of {step}")
+    if any(width % multiple for width in widths):
+        raise UnsupportedError(f"its sizes {widths} are not all multiples of {multiple}")
 
 
 def fuse(model: Any, dtype: torch.dtype, positions: int) -> Architecture:

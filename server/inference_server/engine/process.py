@@ -46,6 +46,7 @@ from inference_server.protocol import (
 
 IDLE_CHECK_SECONDS = 1.0
 LINGER_MS = 2000
+NICENESS_ON_CPU = 10
 
 
 class EngineProcess:
@@ -85,10 +86,16 @@ class EngineProcess:
         )
         self._progress("importing torch", None, "")
         # Imported here, after the threads have said hello: torch and transformers take seconds.
+        from inference_server.engine import loader  # noqa: PLC0415
         from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
         from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
+            if loader.resolve_device(self.config.device).type == "cpu":
+                # The model would run on the cores that the front, JupyterLab and the page need: let them go first.
+                # Measured on two cores with eight streams, from server to screen, p95: 27 to 33 ms instead of 42 to 49.
+                # Alone on the machine the engine loses nothing. OpenMP's threads start later and inherit it.
+                os.nice(NICENESS_ON_CPU)
             engine = Engine.load(self.config, self._progress)
         except ModelError as error:
             self._emit(LoadFailed(str(error)))

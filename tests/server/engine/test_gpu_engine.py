@@ -44,6 +44,7 @@ def test_bfloat16_logits_are_near_those_of_float32_on_the_cpu(name: str) -> None
     # Some architectures (experts, soft caps) are further off in bfloat16 by themselves.
     allowed = max(1e-2, 1.3 * float((own - expected).norm() / expected.norm()))
     engine = engine_for(model)
+    assert (engine.gpu is not None) == (name in FAMILY)
     request = Request(handle=0, prompt_len=60, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0)
     request.blocks = [3, 1, 0, 2]
     for runner in filter(None, (engine.runner, engine.gpu)):

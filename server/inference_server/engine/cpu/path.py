@@ -81,7 +81,7 @@ def start(model: Any, plain: ModelRunner, positions: int, *, compilation: Compil
     tensors = plain.tensors
     if tensors.device.type != "cpu":
         raise UnsupportedError("it is for models on the CPU")
-    check_supported(model, tensors.dtype)
+    check_supported(model, tensors.dtype, multiple=16 if tensors.dtype == torch.float32 else 32)
     (compilation or Compilation()).wait()
     from inference_server.engine.cpu.runner import FastRunner  # noqa: PLC0415 - imports the compiled kernels
 

@@ -226,9 +226,7 @@ def gemv_gate_up(
 
 
 @triton.jit
-def _embed_kernel(
-    ids, seats, positions, last, table, residual, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _embed_kernel(ids, seats, last, table, residual, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0)
     _wait(PDL)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -244,7 +242,7 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
     _start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
-        ids, seats, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
+        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
     )
 
 

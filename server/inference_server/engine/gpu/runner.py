@@ -144,8 +144,9 @@ class GpuRunner:
         self._host = [self._pinned(3 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
         self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
         self._tokens_host = [self._pinned(max(self._rows, rows)) for _ in range(SLOTS)]
+        event: Any = torch.cuda.Event
         self._events: list[tuple[Any, Any, Any]] = [
-            tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) if self._cuda else (None, None, None)  # type: ignore[misc]
+            (event(enable_timing=True), event(enable_timing=True), event()) if self._cuda else (None, None, None)
             for _ in range(SLOTS)
         ]
         self._reserve()
