@@ -37,6 +37,8 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     fast_path: bool = True
+    cuda_graphs: bool = True
+    overlap: bool = True
 
     def as_dict(self) -> dict[str, FeatureValue]:
         """Return the values by name, in declaration order."""
@@ -184,6 +186,30 @@ SPECS: tuple[FeatureSpec, ...] = (
         description=(
             "Run the model through fused kernels that were chosen by measurement on this machine. Off, through "
             "transformers' own modules. Both read the same weights and the same cache."
+        ),
+    ),
+    FeatureSpec(
+        name="cuda_graphs",
+        title="CUDA graphs",
+        group="Compute",
+        kind="bool",
+        default=True,
+        cost="prebuilt",
+        description=(
+            "Replay a decode step of the fast path as one recorded graph. Off, its kernels are launched one by one, "
+            "and a small model waits for the host. Graphs are recorded when a batch size is first met."
+        ),
+    ),
+    FeatureSpec(
+        name="overlap",
+        title="Overlap",
+        group="Compute",
+        kind="bool",
+        default=True,
+        cost="free",
+        description=(
+            "Schedule and launch the next step while the GPU still computes this one; its tokens stay on the device "
+            "until then. Needs the fast path, and greedy requests: others are chosen before the next step begins."
         ),
     ),
 )

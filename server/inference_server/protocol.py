@@ -293,6 +293,8 @@ class StepEvent(Message, frozen=True, tag="step", kw_only=True):
     kv: KvUsage
     idle_slots: int = 0
     """Static batching: seats of the batch that finished early and wait for the longest member."""
+    device_ns: int | None = None
+    """How long a GPU worked on the step, by its own clock. ``None`` on a CPU, where ``forward_ns`` is that time."""
 
 
 class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import msgspec
 import torch
+from torch import Tensor
 
 from inference_server import features as feature_rules
 from inference_server.engine import loader, sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import path as fast_path
-from inference_server.engine.cpu.architecture import UnsupportedError
+from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
+from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner
-from inference_server.engine.scheduler import Scheduler
+from inference_server.engine.sampler import Tokens
+from inference_server.engine.scheduler import Scheduler, StepPlan
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
@@ -33,6 +37,8 @@ from inference_server.protocol import (
     FeatureSpec,
     FeaturesSettled,
     KvEvents,
+    KvOp,
+    KvUsage,
     ModelInfo,
     RequestCancelled,
     RequestFailed,
@@ -44,6 +50,7 @@ from inference_server.protocol import (
 
 if TYPE_CHECKING:  # importing it compiles the kernels
     from inference_server.engine.cpu.runner import FastRunner
+    from inference_server.engine.gpu.runner import GpuRunner
 
 MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
@@ -63,6 +70,56 @@ class _Settling:
 
     epoch: int
     requests: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched and whose tokens are not known yet."""
+
+    plan: StepPlan
+    features: Features
+    epoch: int
+    fast: bool
+    """It takes the fast path."""
+    path: str
+    logits: Tensor
+    greedy: Tokens | None
+    sampling: list[Request]
+    """One for each token to choose."""
+    kv_events: list[tuple[KvOp, int]]
+    booked: bool = False
+    """The scheduler knows what the step computes; only its tokens are missing."""
+    after: tuple[int, int, KvUsage] | None = None
+    """Running and waiting requests and the KV cache after the step, where the next one was scheduled since."""
+
+
+class _Phases:
+    """Where the engine's time between the ends of two steps went, in nanoseconds."""
+
+    __slots__ = ("forward", "last", "prepare", "sample", "schedule", "update")
+
+    def __init__(self) -> None:
+        self.schedule = self.prepare = self.forward = self.sample = self.update = 0
+        self.last = time.monotonic_ns()
+
+    def end(self, phase: str) -> int:
+        """Add the time since the last call to a phase, and return now."""
+        now = time.monotonic_ns()
+        setattr(self, phase, getattr(self, phase) + now - self.last)
+        self.last = now
+        return now
+
+
+@runtime_checkable
+class Waitable(Protocol):
+    """Tokens of a GPU's step."""
+
+    def wait(self) -> None:
+        """Wait until the device is done with the step."""
+
+    @property
+    def device_ns(self) -> int | None:
+        """How long it took the device."""
 
 
 class Engine:
@@ -86,16 +143,27 @@ class Engine:
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
         self.runner = ModelRunner(loaded.model, tensors)
-        self.fast: FastRunner | None = None
+        self.fast: FastRunner | GpuRunner | None = None
+        self.gpu: GpuRunner | None = None
+        """The fast path, where it is one on a GPU."""
         unavailable = {}
+        longest = self.capacity.max_model_len
         try:
-            self.fast = fast_path.start(loaded.model, self.runner, self.capacity.max_model_len, compilation=compilation)
+            if loaded.device.type == "cuda":
+                self.fast = self.gpu = gpu_path.start(loaded.model, self.runner, longest, config.max_num_seqs)
+            else:
+                self.fast = fast_path.start(loaded.model, self.runner, longest, compilation=compilation)
         except UnsupportedError as error:
             unavailable["fast_path"] = f"The fast path cannot run this model: {error}."
+        if self.gpu is None:
+            reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
+            unavailable["cuda_graphs"] = unavailable["overlap"] = reason
         defaults = Features(
             block_size=config.block_size,
             max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs),
             fast_path=self.fast is not None,
+            cuda_graphs=self.gpu is not None,
+            overlap=self.gpu is not None,
         )
         self.specs = _specs_here(defaults, config, unavailable)
         self._specs = {spec.name: spec for spec in self.specs}
@@ -110,6 +178,8 @@ class Engine:
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
+        self._flight: _Flight | None = None
+        self._landed: deque[tuple[StepReport, list[FeaturesSettled]]] = deque()
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress) -> Engine:
@@ -308,11 +378,13 @@ class Engine:
         self.requests.clear()
         self._replays.clear()
         self._settling.clear()
+        self._flight = None
+        self._landed.clear()
         return failed
 
     def has_work(self) -> bool:
         """Whether a step has something to compute."""
-        return bool(self._replays) or self.scheduler.has_work()
+        return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
@@ -332,6 +404,7 @@ class Engine:
         interrupted: set[int] = set()
         lost = 0
         if not self._recompute_features.isdisjoint(names):
+            self._land()
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
@@ -374,33 +447,100 @@ class Engine:
 
     def step(self) -> tuple[StepReport | None, list[FeaturesSettled]]:
         """Compute one step. Returns its report (``None`` when nothing could be scheduled) and switches that settled."""
-        if self._replays:
+        if self._landed:
+            return self._landed.popleft()
+        if self._replays and self._flight is None:
             return self._replay_step(), []
-        features, epoch = self.features, self.epoch
-        t0 = time.monotonic_ns()
-        plan = self.scheduler.schedule(features)
-        t1 = time.monotonic_ns()
-        if not plan.items:
+        phases = _Phases()
+        begin = phases.last
+        flight = self._flight or self._launch(phases)
+        self._flight = None
+        if flight is None:
             return None, []
-        runner: Runner = self.fast if self.fast is not None and features.fast_path else self.runner
-        packed = runner.prepare(plan)
-        t2 = time.monotonic_ns()
-        logits = runner.forward(plan, packed)
-        t3 = time.monotonic_ns()
-        sampling = [item.request for item in plan.items if item.sample]
-        sampled = sampler.sample(logits, sampling, greedy=runner.greedy)
-        t4 = time.monotonic_ns()
-        indices = [request.num_output for request in sampling]
-        reasons = self.scheduler.update(plan, sampled.tokens, features)
-        tokens = SampledTokens(
-            request=[request.handle for request in sampling],
-            index=indices,
-            token_id=sampled.tokens,
-            logprob=sampled.logprobs,
-            top=sampled.top,
-            finish=reasons,
+        ahead = None
+        if self._may_look_ahead(flight):
+            self.scheduler.book(flight.plan, flight.features)
+            flight.booked = True
+            flight.after = self._occupancy()
+            flight.kv_events += self._take_kv_events()
+            phases.end("update")
+            ahead = self._launch(phases)
+        report, settled = self._complete(flight, begin, phases)
+        self._flight = ahead
+        return report, settled
+
+    def _runner(self, features: Features) -> Runner:
+        return self.fast if self.fast is not None and features.fast_path else self.runner
+
+    def _may_look_ahead(self, flight: _Flight) -> bool:
+        """Whether the step after ``flight`` can be launched before the tokens of ``flight`` are known."""
+        features = self.features
+        return (
+            features.overlap
+            and self.gpu is not None
+            and flight.fast
+            and features.fast_path
+            and flight.plan.use_cache
+            and features.kv_cache
+            and not self._replays
+            and all(map(sampler.takes_most_likely, flight.sampling))
         )
-        for row, request in enumerate(sampling):
+
+    def _launch(self, phases: _Phases) -> _Flight | None:
+        """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
+        features = self.features
+        if not self.scheduler.has_work():
+            return None
+        plan = self.scheduler.schedule(features)
+        if not plan.items:
+            self.cache.transfers[:0] = plan.transfers
+            return None
+        events = self._take_kv_events()
+        phases.end("schedule")
+        runner = self._runner(features)
+        if self.gpu is not None:
+            self.gpu.use_graphs = features.cuda_graphs
+        packed = runner.prepare(plan)
+        phases.end("prepare")
+        logits = runner.forward(plan, packed)
+        phases.end("forward")
+        return _Flight(
+            plan=plan,
+            features=features,
+            epoch=self.epoch,
+            fast=runner is not self.runner,
+            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
+            logits=logits,
+            greedy=runner.greedy,
+            sampling=[item.request for item in plan.items if item.sample],
+            kv_events=events,
+        )
+
+    def _complete(self, flight: _Flight, begin: int, phases: _Phases) -> tuple[StepReport, list[FeaturesSettled]]:
+        """Choose the tokens of a launched step, book them, and report it."""
+        plan, pending = flight.plan, flight.greedy
+        device_ns = None
+        if isinstance(pending, Waitable):
+            pending.wait()
+            device_ns = pending.device_ns
+            phases.end("forward")
+        # A request may have ended since the step was launched: by a stop token of the step before, or cancelled.
+        alive = [row for row, request in enumerate(flight.sampling) if request.finish_reason is None]
+        sampled = sampler.sample(flight.logits, flight.sampling, greedy=pending)
+        phases.end("sample")
+        if not flight.booked:
+            self.scheduler.book(plan, flight.features)
+        self.scheduler.resolve(plan, sampled.tokens)
+        requests = [flight.sampling[row] for row in alive]
+        tokens = SampledTokens(
+            request=_handles(requests),
+            index=[request.num_output - 1 for request in requests],
+            token_id=[sampled.tokens[row] for row in alive],
+            logprob=[sampled.logprobs[row] for row in alive],
+            top=[sampled.top[row] for row in alive],
+            finish=[request.finish_reason for request in requests],
+        )
+        for row, request in zip(alive, requests, strict=True):
             if request.response_key is not None:
                 request.logprobs.append(sampled.logprobs[row])
                 request.top.append(sampled.top[row])
@@ -408,27 +548,29 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         settled = self._settle(tokens.request)
-        usage = self.cache.usage()
-        t5 = time.monotonic_ns()
+        running, waiting, usage = flight.after or self._occupancy()
+        kv_events = flight.kv_events + self._take_kv_events()
+        end = phases.end("update")
         event = StepEvent(
             step=plan.step,
-            epoch=epoch,
-            begin_ns=t0,
-            schedule_ns=t1 - t0,
-            prepare_ns=t2 - t1,
-            forward_ns=t3 - t2,
-            sample_ns=t4 - t3,
-            update_ns=t5 - t4,
-            end_ns=t5,
-            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
+            epoch=flight.epoch,
+            begin_ns=begin,
+            schedule_ns=phases.schedule,
+            prepare_ns=phases.prepare,
+            forward_ns=phases.forward,
+            sample_ns=phases.sample,
+            update_ns=phases.update,
+            end_ns=end,
+            path=flight.path,
             request=[item.request.handle for item in plan.items],
             start=[item.start for item in plan.items],
             scheduled=[item.count for item in plan.items],
             kind=[int(item.kind) for item in plan.items],
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            running=running,
+            waiting=waiting,
             kv=usage,
             idle_slots=plan.idle_slots,
+            device_ns=device_ns,
         )
         report = StepReport(
             step=event,
@@ -436,16 +578,25 @@ class Engine:
             preempted=_handles(plan.preempted),
             started=_handles(plan.started),
             cached=[request.cached_prompt_tokens for request in plan.started],
-            kv_events=self._kv_events(plan.step),
+            kv_events=None
+            if not kv_events
+            else KvEvents(step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]),
         )
         return report, settled
 
-    def _kv_events(self, step: int) -> KvEvents | None:
-        pool = self.cache.pool
-        if not pool.events:
-            return None
-        events, pool.events = pool.events, []
-        return KvEvents(step=step, op=[int(op) for op, _ in events], block=[block for _, block in events])
+    def _occupancy(self) -> tuple[int, int, KvUsage]:
+        return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
+
+    def _land(self) -> None:
+        """Complete a step that was launched ahead; :meth:`step` returns its report next."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            phases = _Phases()
+            self._landed.append(self._complete(flight, phases.last, phases))
+
+    def _take_kv_events(self) -> list[tuple[KvOp, int]]:
+        events, self.cache.pool.events = self.cache.pool.events, []
+        return events or []
 
     def _remember(self, request: Request) -> None:
         if request.response_key is not None and request.finish_reason in {"stop", "length"}:

@@ -29,6 +29,8 @@ class Request:
     """Order of arrival, the tie-breaker of every policy."""
     priority: int = 0
     num_computed: int = 0
+    pending: int = 0
+    """Output tokens that are chosen, or being chosen, on the device but not known here yet. They count as tokens."""
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chain hashes of the full blocks of ``tokens`` known so far; may be longer than what is computed."""
@@ -65,12 +67,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
-        return len(self.tokens)
+        return len(self.tokens) + self.pending
 
     @property
     def num_output(self) -> int:
         """Output tokens so far."""
-        return len(self.tokens) - self.prompt_len
+        return len(self.tokens) + self.pending - self.prompt_len
 
     @property
     def max_total(self) -> int:

@@ -6,21 +6,24 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
+from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import StepPlan
 
 
 class Runner(Protocol):
     """One way to compute a step. All ways share the cache's tensors, so that each step may take another."""
 
-    label: str
-    """What a step record calls this path."""
-    greedy: NDArray[np.int64] | None
-    """Most likely token of each row of the last logits, where the path knows them."""
+    @property
+    def label(self) -> str:
+        """What a step record calls this path."""
+
+    @property
+    def greedy(self) -> Tokens | None:
+        """Most likely token of each row of the last logits, where the path finds them; perhaps still on the device."""
 
     def prepare(self, plan: StepPlan) -> Any:
         """Pack a plan, for :meth:`forward`."""
@@ -40,7 +43,7 @@ class ModelRunner:
     """
 
     label: str = "eager"
-    greedy: NDArray[np.int64] | None = None
+    greedy: Tokens | None = None
 
     def __init__(self, model: nn.Module, tensors: PagedKVTensors) -> None:
         self.model = model

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import pack
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from inference_server.engine.request import Request
@@ -22,6 +21,13 @@ def uniform(seed: int, index: int) -> float:
     """Uniform number in [0, 1) for output token ``index`` of a request with ``seed`` (53 bits of BLAKE2b)."""
     digest = blake2b(pack("<Qq", seed & 0xFFFFFFFFFFFFFFFF, index), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+class Tokens(Protocol):
+    """Tokens that may still be on their way, such as an array of them."""
+
+    def tolist(self) -> list[int]:
+        """Wait for them and return them."""
 
 
 @dataclass(slots=True)
@@ -34,7 +40,7 @@ class Sampled:
     top: list[list[tuple[int, float]] | None]
 
 
-def sample(logits: Tensor, requests: list[Request], greedy: NDArray[np.int64] | None = None) -> Sampled:
+def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None) -> Sampled:
     """Sample one token per row.
 
     Parameters
@@ -43,12 +49,12 @@ def sample(logits: Tensor, requests: list[Request], greedy: NDArray[np.int64] | 
         ``[S, vocab]``, any floating dtype.
     requests : list of Request
         One per row.
-    greedy : array of int64, optional
-        The most likely token of each row, if the forward pass knows it already.
+    greedy : Tokens, optional
+        The most likely token of each row, if the forward pass finds it.
     """
     if not requests:
         return Sampled([], [], [])
-    if greedy is not None and all(_is_greedy(request) for request in requests):
+    if greedy is not None and all(map(takes_most_likely, requests)):
         # No copy of the logits and no search: at 32 rows of a large vocabulary they cost milliseconds.
         count = len(requests)
         return Sampled(greedy.tolist(), [None] * count, [None] * count)
@@ -100,9 +106,11 @@ def filtered_probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
     scaled = logits.double() / temperature[:, None]
     probabilities = torch.softmax(scaled, dim=-1)
     vocab = logits.shape[1]
-    top_k = torch.tensor([request.sampling.top_k or vocab for request in requests], device=device).clamp(max=vocab)
-    top_p = torch.tensor([request.sampling.top_p for request in requests], device=device).double()
-    if bool((top_k < vocab).any()) or bool((top_p < 1).any()):
+    # What is asked for is decided here: asking the device would mean waiting for it.
+    settings = [request.sampling for request in requests]
+    if any(0 < each.top_k < vocab or each.top_p < 1 for each in settings):
+        top_k = torch.tensor([min(each.top_k or vocab, vocab) for each in settings], device=device)
+        top_p = torch.tensor([each.top_p for each in settings], device=device).double()
         descending = probabilities.sort(dim=-1, descending=True).values
         threshold = descending.gather(1, (top_k - 1)[:, None])
         probabilities = probabilities.where(probabilities >= threshold, 0.0)
@@ -115,8 +123,8 @@ def filtered_probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
         restricted = (top_p < 1)[:, None]
         probabilities = probabilities.where((probabilities >= threshold) | ~restricted, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    min_p = torch.tensor([request.sampling.min_p for request in requests], device=device).double()
-    if bool((min_p > 0).any()):
+    if any(each.min_p > 0 for each in settings):
+        min_p = torch.tensor([each.min_p for each in settings], device=device).double()
         peak = probabilities.max(dim=-1, keepdim=True).values
         probabilities = probabilities.where(probabilities >= min_p[:, None] * peak, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
@@ -133,7 +141,7 @@ def invert_cdf(probabilities: Tensor, numbers: Tensor) -> Tensor:
     return torch.minimum(token, last)
 
 
-def _is_greedy(request: Request) -> bool:
+def takes_most_likely(request: Request) -> bool:
     """Whether the answer is the most likely token and nothing else is asked for."""
     sampling = request.sampling
     plain = request.constraint is None and not _has_penalties(request)

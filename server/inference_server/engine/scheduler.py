@@ -148,14 +148,17 @@ class Scheduler:
         list
             For each sampled item the reason why its request ended with this token, or ``None``.
         """
-        reasons: list[FinishReason | None] = []
-        tokens = iter(sampled)
+        self.book(plan, features)
+        return self.resolve(plan, sampled)
+
+    def book(self, plan: StepPlan, features: Features) -> None:
+        """Book the positions of a step that was launched, before its tokens are known; :meth:`resolve` follows.
+
+        The next step can be scheduled in between. A request that gets its last token leaves at once.
+        """
         for item in plan.items:
             request = item.request
-            token = next(tokens) if item.sample else None
             if request.finish_reason is not None:
-                if item.sample:
-                    reasons.append(request.finish_reason)
                 continue
             end = item.start + item.count
             request.computed_high_water = max(request.computed_high_water, end)
@@ -166,14 +169,26 @@ class Scheduler:
                     self.cache.register(request)
                 if request.group and end >= request.prompt_len:
                     self._fork_group(request)
-            if token is not None:
+            if item.sample:
+                request.pending += 1
+                if request.num_output >= request.sampling.max_tokens:
+                    self._leave(request)
+
+    def resolve(self, plan: StepPlan, sampled: list[int]) -> list[FinishReason | None]:
+        """Book the tokens of a step after :meth:`book`; arguments and result are those of :meth:`update`."""
+        reasons: list[FinishReason | None] = []
+        tokens = iter(sampled)
+        for item in plan.items:
+            if not item.sample:
+                continue
+            request, token = item.request, next(tokens)
+            if request.finish_reason is None:
+                request.pending -= 1
                 request.tokens.append(token)
-                reason = self._finish_reason(request, token)
-                reasons.append(reason)
-                if reason is not None:
-                    request.finish_reason = reason
-                    self.running.remove(request)
-                    self._release(request)
+                request.finish_reason = self._finish_reason(request, token)
+                if request.finish_reason is not None:
+                    self._leave(request)
+            reasons.append(request.finish_reason)
         return reasons
 
     # -- private: composing --------------------------------------------------------------------------------------------
@@ -361,6 +376,12 @@ class Scheduler:
         if request.num_output >= sampling.max_tokens:
             return "length"
         return None
+
+    def _leave(self, request: Request) -> None:
+        for place in (self.running, self.waiting):
+            if request in place:
+                place.remove(request)
+        self._release(request)
 
     def _release(self, request: Request) -> None:
         self.cache.free(request)

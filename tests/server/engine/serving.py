@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from inference_server.engine.core import Engine
 from inference_server.models.locate import LocatedModel
 from inference_server.protocol import EngineConfig, SamplingParams, Submit
 
+DEVICE = torch.device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
+"""Where the models of the engine's tests run."""
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
 def engine_for(model: Any, **config: Any) -> Engine:
     """An engine around a model that is in memory."""
     located = LocatedModel("model", "memory", Path())
-    loaded = loader.inspect(model, located, torch.device("cpu"), model.dtype, lambda *_: None)
+    loaded = loader.inspect(model.to(DEVICE), located, DEVICE, model.dtype, lambda *_: None)
     return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded)
 
 
@@ -58,7 +61,7 @@ def generate(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=model.device)
         eos = model.generation_config.eos_token_id
         model.generation_config.eos_token_id = None
         out = model.generate(ids, max_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(ids))

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import kernels, path
-from inference_server.engine.cpu.architecture import UnsupportedError
 from inference_server.engine.cpu.team import Team
+from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.cpu.architecture import UnsupportedError, check_supported, fuse
+from inference_server.engine.llama import UnsupportedError, check_supported, fuse
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan
@@ -79,7 +79,9 @@ def start(model: Any, plain: ModelRunner, positions: int, *, compilation: Compil
         Saying why the model cannot have one.
     """
     tensors = plain.tensors
-    check_supported(model, tensors.device, tensors.dtype)
+    if tensors.device.type != "cpu":
+        raise UnsupportedError("it is for models on the CPU")
+    check_supported(model, tensors.dtype, multiple=16 if tensors.dtype == torch.float32 else 32)
     (compilation or Compilation()).wait()
     from inference_server.engine.cpu.runner import FastRunner  # noqa: PLC0415 - imports the compiled kernels
 

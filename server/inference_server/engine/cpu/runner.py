@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from inference_server.engine.attention import PagedKVTensors, slots_of
 from inference_server.engine.cpu import choices, kernels
-from inference_server.engine.cpu.architecture import Architecture
 from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
 from inference_server.engine.cpu.team import Team
+from inference_server.engine.llama import Architecture
 from inference_server.engine.scheduler import Scheduled, StepPlan
 
 LONG_SEGMENT = 16

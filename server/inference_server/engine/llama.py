@@ -62,8 +62,16 @@ class Architecture:
     sin: Tensor
 
 
-def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def check_supported(model: Any, dtype: torch.dtype, multiple: int = 1) -> None:
     """Find out whether a model fits, without changing it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    dtype : torch.dtype
+        To compute in.
+    multiple : int
+        What the kernels need all widths to be a multiple of.
 
     Raises
     ------
@@ -71,8 +79,6 @@ def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> Non
         Saying why not.
     """
     name, config = type(model).__name__, model.config.get_text_config()
-    if device.type != "cpu":
-        raise UnsupportedError("it is for models on the CPU")
     if name not in FAMILY:
         raise UnsupportedError(f"{name} is not of the Llama family ({', '.join(FAMILY)})")
     if dtype not in {torch.float32, torch.bfloat16}:
@@ -91,9 +97,8 @@ def check_supported(model: Any, device: torch.device, dtype: torch.dtype) -> Non
     if attention.head_dim > MAX_HEAD_DIM or heads // kv_heads > MAX_GROUP:
         raise UnsupportedError(f"its heads are larger than {MAX_HEAD_DIM} or share a KV head by more than {MAX_GROUP}")
     widths = (config.hidden_size, config.intermediate_size, attention.head_dim, heads * attention.head_dim)
-    step = 16 if dtype == torch.float32 else 32
-    if any(width % step for width in widths):
-        raise UnsupportedError(f"its sizes {widths} are not all multiples of {step}")
+    if any(width % multiple for width in widths):
+        raise UnsupportedError(f"its sizes {widths} are not all multiples of {multiple}")
 
 
 def fuse(model: Any, dtype: torch.dtype, positions: int) -> Architecture:
@@ -182,7 +187,9 @@ def _angles(model: Any, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of all positions, from the model's own rotary embedding."""
     rotary = model.model.rotary_emb
     with torch.inference_mode():
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.arange(positions)[None])
+        device = rotary.inv_freq.device
+        place = torch.arange(positions, device=device)[None]
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), place)
     half = head_dim // 2
     if cos.shape[-1] != head_dim:
         raise UnsupportedError("it rotates only a part of each head")

@@ -1,0 +1,1 @@
+"""The fast path on a GPU: Triton kernels for the Llama family, replayed as CUDA graphs."""

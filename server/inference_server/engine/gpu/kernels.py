@@ -1,0 +1,732 @@
+"""Triton kernels of the GPU fast path, and the functions that launch them. Owns no state and no buffer.
+
+Conventions: weights are ``[out, in]``; the residual stream is float32; a row with position −1 is padding and is neither
+read from nor written to the cache. ``seats`` are rows of the device's block table, one for each request.
+Every kernel runs under ``TRITON_INTERPRET=1`` as well; the tests compare each with float64.
+
+``PDL`` is programmatic dependent launch: a kernel starts while the one before it drains, fetches its first weights, and
+only then waits for the other's results (``gdc_wait``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter. Its matrix products are wrong for bfloat16, so there they are float32."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+_compiling = False
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within, the functions of this module compile their kernels, many at once, and launch nothing."""
+    global _compiling  # noqa: PLW0603 - every launch of this module has to know
+    if INTERPRETED:
+        yield
+        return
+    _compiling = True
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _compiling = False
+
+
+def _start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What launches ``kernel`` on ``grid``, or only compiles it."""
+    if _compiling:
+        return partial(kernel.run, grid=grid, warmup=True)
+    launch: Callable[..., Any] = kernel[grid]
+    return launch
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+# -- matrix times one vector -------------------------------------------------------------------------------------------
+# At batch 1 a step reads every weight once and does nothing else worth mentioning: these kernels exist to keep the
+# memory busy. The norm costs no pass of its own: its factor is common to all outputs, so it is applied at the end.
+
+
+@triton.jit
+def _gemv_kernel(
+    x,
+    gain,
+    weight,
+    out,
+    residual,
+    N,
+    K: tl.constexpr,
+    eps,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    rows = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    inside = n[:, None] < N
+    w = tl.load(rows, mask=inside & (k[None, :] < K), other=0.0, eviction_policy="evict_first")
+    _wait(PDL)
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        ahead = start + BLOCK_K + k
+        w_ahead = tl.load(
+            rows + start + BLOCK_K, mask=inside & (ahead[None, :] < K), other=0.0, eviction_policy="evict_first"
+        )
+        here = start + k
+        v = tl.load(x + here, mask=here < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += v * v
+            v = v * tl.load(gain + here, mask=here < K, other=0.0)
+        total += w.to(tl.float32) * v[None, :]
+        w = w_ahead
+    result = tl.sum(total, axis=1)
+    if NORM:
+        result = result * tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    if ADD:
+        tl.store(residual + n, tl.load(residual + n, mask=n < N, other=0.0) + result, mask=n < N)
+    else:
+        tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _gemv_gate_up_kernel(
+    x,
+    gain,
+    weight,
+    out,
+    N,
+    K: tl.constexpr,
+    eps,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    rows = weight + n[:, None].to(tl.int64) * K + k[None, :]
+    below = weight + (n[:, None].to(tl.int64) + N) * K + k[None, :]
+    inside = n[:, None] < N
+    g = tl.load(rows, mask=inside & (k[None, :] < K), other=0.0, eviction_policy="evict_first")
+    u = tl.load(below, mask=inside & (k[None, :] < K), other=0.0, eviction_policy="evict_first")
+    _wait(PDL)
+    gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        mask = inside & ((start + BLOCK_K + k)[None, :] < K)
+        g_ahead = tl.load(rows + start + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        u_ahead = tl.load(below + start + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        here = start + k
+        v = tl.load(x + here, mask=here < K, other=0.0)
+        squares += v * v
+        v = v * tl.load(gain + here, mask=here < K, other=0.0)
+        gate += g.to(tl.float32) * v[None, :]
+        up += u.to(tl.float32) * v[None, :]
+        g, u = g_ahead, u_ahead
+    factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    a, b = tl.sum(gate, axis=1) * factor, tl.sum(up, axis=1) * factor
+    result = a / (1.0 + tl.exp(-a)) * b
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
+
+
+Tile = tuple[int, int, int]
+"""Rows and columns of a program's tile, and its warps."""
+
+
+def gemv_tile(n: int, k: int) -> Tile:
+    """The tile for a matrix of ``n`` rows of ``k``, by what was measured on an H100 (docs/gpu-performance.md)."""
+    widest = int(triton.next_power_of_2(k))
+    if n >= 65536:
+        tile = (8, 1024, 4)
+    elif k >= 8192:
+        tile = (2, 2048, 4)
+    elif k <= 1024:
+        tile = (4, 512, 4)
+    elif n <= 4096:
+        tile = (4, 2048, 8)
+    elif n <= 8192:
+        tile = (4, 512, 4)
+    else:
+        tile = (8, 512, 4)
+    return (tile[0], min(tile[1], widest), tile[2])
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool = False,
+) -> None:
+    """``out = weight @ x``, or ``residual += weight @ x``; with ``gain``, of the normalized ``x`` (RMS norm).
+
+    ``x`` is ``[K]``; ``out`` ``[N]`` of any floating dtype; ``gain`` ``[K]`` and ``residual`` ``[N]`` float32.
+    """
+    n, k = weight.shape
+    rows, columns, warps = tile or gemv_tile(n, k)
+    _start(_gemv_kernel, (triton.cdiv(n, rows),))(
+        x,
+        gain,
+        weight,
+        out,
+        residual,
+        n,
+        k,
+        eps,
+        gain is not None,
+        residual is not None,
+        rows,
+        columns,
+        pdl,
+        num_warps=warps,
+        **_launch(pdl),
+    )
+
+
+def gemv_gate_up(
+    x: Tensor, gain: Tensor, eps: float, weight: Tensor, out: Tensor, *, tile: Tile | None = None, pdl: bool = False
+) -> None:
+    """``out = silu(gate @ n) * (up @ n)`` with ``n`` the RMS norm of ``x``; ``weight`` is gate above up, ``[2 N, K]``."""
+    n, k = weight.shape[0] // 2, weight.shape[1]
+    rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
+    rows = max(rows // 2, 1)
+    _start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
+        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **_launch(pdl)
+    )
+
+
+# -- elementwise -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _embed_kernel(ids, seats, last, table, residual, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    _wait(PDL)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + row)
+    if token < 0:
+        token = tl.load(last + tl.load(seats + row))
+    value = tl.load(table + token.to(tl.int64) * HIDDEN + column, mask=column < HIDDEN, other=0.0)
+    tl.store(residual + row.to(tl.int64) * HIDDEN + column, value.to(tl.float32), mask=column < HIDDEN)
+
+
+def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Tensor, *, pdl: bool = False) -> None:
+    """``residual[row] = table[ids[row]]``; an id of −1 stands for the token last chosen for the row's seat."""
+    rows, hidden = residual.shape
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
+        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
+    )
+
+
+@triton.jit
+def _norm_kernel(
+    residual, delta, gain, out, select, HIDDEN: tl.constexpr, eps, ADD: tl.constexpr, SELECT: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    _wait(PDL)
+    source = row
+    if SELECT:
+        source = tl.load(select + row).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < HIDDEN
+    x = tl.load(residual + source * HIDDEN + column, mask=mask, other=0.0)
+    if ADD:
+        x += tl.load(delta + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+        if not SELECT:
+            tl.store(residual + source * HIDDEN + column, x, mask=mask)
+    factor = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
+    y = x * factor * tl.load(gain + column, mask=mask, other=0.0)
+    tl.store(out + row * HIDDEN + column, y.to(out.dtype.element_ty), mask=mask)
+
+
+def add_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    gain: Tensor,
+    eps: float,
+    out: Tensor,
+    *,
+    select: Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """``residual += delta``, and its RMS norm into ``out``.
+
+    With ``select`` only these rows are normalized, and the sum is not kept.
+    """
+    rows, hidden = out.shape
+    block = triton.next_power_of_2(hidden)
+    _start(_norm_kernel, (rows,))(
+        residual, delta, gain, out, select, hidden, eps, delta is not None, select is not None, block, pdl,
+        num_warps=8 if block >= 4096 else 4, **_launch(pdl),
+    )  # fmt: skip
+
+
+@triton.jit
+def _silu_kernel(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    _wait(PDL)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    gate = tl.load(both + row * 2 * WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * WIDTH + WIDTH + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + column, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask)
+
+
+def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+    """``out = silu(gate) * up`` for ``both`` ``[T, 2 W]``, gate before up."""
+    rows, width = out.shape
+    block = min(triton.next_power_of_2(width), 1024)
+    _start(_silu_kernel, (rows, triton.cdiv(width, block)))(both, out, width, block, pdl, num_warps=4, **_launch(pdl))
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, BIAS: tl.constexpr,
+             NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
+    """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32."""
+    d = tl.arange(0, D)
+    other = (d + D // 2) % D
+    x = tl.load(base + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(base + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(bias + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
+        y += tl.load(bias + heads[:, None] * D + other[None, :], mask=mask, other=0.0)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+        x = x * factor[:, None] * tl.load(gain + d)[None, :]
+        y = y * factor[:, None] * tl.load(gain + other)[None, :]
+    if ROTATE:
+        c = tl.load(cos + position * (D // 2) + d % (D // 2))
+        s = tl.load(sin + position * (D // 2) + d % (D // 2))
+        s = tl.where(d < D // 2, -s, s)
+        x = x * c[None, :] + y * s[None, :]
+    return x
+
+
+@triton.jit(do_not_specialize=["table_width", "block_size"])
+def _attend_decode_kernel(
+    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
+    scale, eps, table_width, block_size,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WINDOW: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    _wait(PDL)
+    position = tl.load(positions + row)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, D)
+    own = (g < G)[:, None]
+    target = out + row * H * D + (head * G + g)[:, None] * D + d[None, :]
+    if position < 0:
+        if split == 0:
+            tl.store(target, tl.zeros((GP, D), dtype=out.dtype.element_ty), mask=own)
+    else:
+        length = position + 1
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(length - WINDOW, 0)
+        share = tl.cdiv(tl.cdiv(length - low, SPLITS), BLOCK) * BLOCK
+        active = tl.cdiv(length - low, share)
+        if split < active:
+            begin = low + split * share
+            # The newest position is in registers, not yet in the cache.
+            stop = tl.minimum(begin + share, position)
+            base = qkv + row * ((H + 2 * KV) * D)
+            table = tables + tl.load(seats + row) * table_width
+            q = _rotated(base, bias, q_gain, head * G + g, position, cos, sin, eps, D, BIAS, NORM, ROTATE, own)
+            q = (q * (scale * LOG2E)).to(keys.dtype.element_ty)
+            if WIDE:
+                q = q.to(tl.float32)
+            largest = tl.full((GP,), float("-inf"), dtype=tl.float32)
+            weight = tl.zeros((GP,), dtype=tl.float32)
+            total = tl.zeros((GP, D), dtype=tl.float32)
+            for start in tl.range(begin, stop, BLOCK, num_stages=STAGES):
+                p = start + tl.arange(0, BLOCK)
+                inside = p < stop
+                slot = tl.load(table + p // block_size, mask=inside, other=0)
+                place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
+                k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+                if WIDE:
+                    k = k.to(tl.float32)
+                scores = tl.dot(q, tl.trans(k), input_precision=precision)
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+                peak = tl.maximum(largest, tl.max(scores, axis=1))
+                factor = tl.exp2(largest - peak)
+                shares = tl.exp2(scores - peak[:, None])
+                weight = weight * factor + tl.sum(shares, axis=1)
+                v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+                if WIDE:
+                    v = v.to(tl.float32)
+                total = total * factor[:, None]
+                total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+                largest = peak
+            if split == active - 1:
+                one = tl.arange(0, 1)
+                k_new = _rotated(base, bias, k_gain, H + head + one, position, cos, sin, eps, D, BIAS, NORM, ROTATE,
+                                 (one == 0)[:, None])  # fmt: skip
+                v_new = tl.load(base + (H + KV + head) * D + d).to(tl.float32)
+                if BIAS:
+                    v_new += tl.load(bias + (H + KV + head) * D + d)
+                k_new = tl.reshape(k_new, (D,)).to(keys.dtype.element_ty)
+                v_new = v_new.to(values.dtype.element_ty)
+                here = tl.load(table + position // block_size).to(tl.int64) * block_size + position % block_size
+                tl.store(keys + here * (KV * D) + head * D + d, k_new)
+                tl.store(values + here * (KV * D) + head * D + d, v_new)
+                score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1)
+                peak = tl.maximum(largest, score)
+                factor = tl.exp2(largest - peak)
+                share_new = tl.exp2(score - peak)
+                weight = weight * factor + share_new
+                total = total * factor[:, None] + share_new[:, None] * v_new.to(tl.float32)[None, :]
+                largest = peak
+            if active == 1:
+                tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=own)
+            elif SPLITS > 1:
+                slot0 = ((row * KV + head) * SPLITS) * GP
+                tl.store(partial + (slot0 + split * GP + g)[:, None] * D + d[None, :], total, mask=own)
+                tl.store(state + (slot0 + split * GP + g) * 2, largest, mask=g < G)
+                tl.store(state + (slot0 + split * GP + g) * 2 + 1, weight, mask=g < G)
+                tl.debug_barrier()
+                done = tl.atomic_add(counters + row * KV + head, 1, sem="acq_rel")
+                if done == active - 1:
+                    # The last split to finish adds up all of them, in order: the sum does not depend on who was last.
+                    largest = tl.full((GP,), float("-inf"), dtype=tl.float32)
+                    weight = tl.zeros((GP,), dtype=tl.float32)
+                    total = tl.zeros((GP, D), dtype=tl.float32)
+                    for i in range(active):
+                        at = slot0 + i * GP + g
+                        m = tl.load(state + at * 2, mask=g < G, other=0.0, cache_modifier=".cg")
+                        w = tl.load(state + at * 2 + 1, mask=g < G, other=1.0, cache_modifier=".cg")
+                        t = tl.load(partial + at[:, None] * D + d[None, :], mask=own, other=0.0, cache_modifier=".cg")
+                        peak = tl.maximum(largest, m)
+                        old, new = tl.exp2(largest - peak), tl.exp2(m - peak)
+                        weight = weight * old + w * new
+                        total = total * old[:, None] + t * new[:, None]
+                        largest = peak
+                    tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=own)
+                    tl.store(counters + row * KV + head, 0)
+
+
+@triton.jit(do_not_specialize=["table_width", "block_size"])
+def _rotate_write_kernel(
+    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, table_width, block_size,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    d = tl.arange(0, D)
+    base = qkv + row * ((H + 2 * KV) * D)
+    if position >= 0:
+        block = tl.load(tables + tl.load(seats + row) * table_width + position // block_size).to(tl.int64)
+        here = (block * block_size + position % block_size) * (KV * D)
+        h = tl.arange(0, HP)
+        mask = (h < H)[:, None]
+        q = _rotated(base, bias, q_gain, h, position, cos, sin, eps, D, BIAS, NORM, ROTATE, mask)
+        j = tl.arange(0, KP)
+        owned = (j < KV)[:, None]
+        k = _rotated(base, bias, k_gain, H + j, position, cos, sin, eps, D, BIAS, NORM, ROTATE, owned)
+        v = tl.load(base + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0).to(tl.float32)
+        if BIAS:
+            v += tl.load(bias + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0)
+        # Each element of q was read by two threads (its head is rotated in halves): all reads before any write.
+        tl.debug_barrier()
+        tl.store(base + h[:, None] * D + d[None, :], q.to(qkv.dtype.element_ty), mask=mask)
+        place = here + j[:, None] * D + d[None, :]
+        tl.store(keys + place, k.to(keys.dtype.element_ty), mask=owned)
+        tl.store(values + place, v.to(values.dtype.element_ty), mask=owned)
+
+
+@triton.jit(do_not_specialize=["table_width", "block_size"])
+def _attend_varlen_kernel(
+    qkv, tiles, tables, keys, values, out, scale, table_width, block_size,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    seat = tl.load(tiles + tile * 4)
+    first = tl.load(tiles + tile * 4 + 1)
+    begin = tl.load(tiles + tile * 4 + 2)
+    count = tl.load(tiles + tile * 4 + 3)
+    r = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D)
+    token = r // G
+    own = ((r < TOKENS * G) & (token < count))[:, None]
+    place = (first + token).to(tl.int64)
+    query_head = head * G + r % G
+    q = tl.load(qkv + place[:, None] * ((H + 2 * KV) * D) + query_head[:, None] * D + d[None, :], mask=own, other=0.0)
+    if WIDE:
+        q = q.to(tl.float32)
+    position = begin + token
+    length = begin + count
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(begin + 1 - WINDOW, 0)
+    table = tables + seat * table_width
+    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    weight = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+    for start in tl.range(low, length, BLOCK, num_stages=STAGES):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < length
+        slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
+        where = slot * (KV * D) + head * D
+        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+        seen = p[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (p[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen & inside[None, :], scores, float("-inf"))
+        # A row may see nothing of a tile yet: −inf − −inf would be no number.
+        peak = tl.maximum(tl.maximum(largest, tl.max(scores, axis=1)), -1e30)
+        factor = tl.exp2(largest - peak)
+        shares = tl.exp2(scores - peak[:, None])
+        weight = weight * factor + tl.sum(shares, axis=1)
+        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            v = v.to(tl.float32)
+        total = total * factor[:, None]
+        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+        largest = peak
+    target = out + place[:, None] * (H * D) + query_head[:, None] * D + d[None, :]
+    tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
+
+
+VARLEN_ROWS = 64
+"""Query rows of a tile: several positions times the query heads that share a KV head."""
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Positions that one tile of :func:`attend_varlen` covers."""
+    return VARLEN_ROWS // (heads // kv_heads)
+
+
+# -- choosing tokens ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _argmax_parts_kernel(logits, best, index, VOCAB: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                         PDL: tl.constexpr):  # fmt: skip
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _wait(PDL)
+    column = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + row * VOCAB + column, mask=column < VOCAB, other=float("-inf")).to(tl.float32)
+    peak, where = tl.max(value, axis=0, return_indices=True)
+    tl.store(best + row * PARTS + part, peak)
+    tl.store(index + row * PARTS + part, part * BLOCK + where)
+
+
+@triton.jit
+def _argmax_kernel(best, index, seats, tokens, last, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0)
+    _wait(PDL)
+    part = tl.arange(0, BLOCK)
+    value = tl.load(best + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    _, where = tl.max(value, axis=0, return_indices=True)
+    token = tl.load(index + row * PARTS + where)
+    tl.store(tokens + row, token)
+    seat = tl.load(seats + row)
+    if seat >= 0:
+        tl.store(last + seat, token)
+
+
+ARGMAX_BLOCK = 4096
+
+
+def argmax(
+    logits: Tensor, seats: Tensor, best: Tensor, index: Tensor, tokens: Tensor, last: Tensor, *, pdl: bool = False
+) -> None:
+    """Most likely token of each row (the first of equals), into ``tokens[row]`` and, by seat, into ``last``.
+
+    ``best`` and ``index`` are scratch of ``[rows, ceil(vocab / ARGMAX_BLOCK)]``, float32 and int32. A seat of −1 is
+    padding.
+    """
+    rows, vocab = logits.shape
+    parts = triton.cdiv(vocab, ARGMAX_BLOCK)
+    _start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
+                                        **_launch(pdl))  # fmt: skip
+    _start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
+                            **_launch(pdl))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scatter_kernel(target, where, what, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    tl.store(target + tl.load(where + i, mask=mask, other=0), tl.load(what + i, mask=mask, other=0), mask=mask)
+
+
+def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
+    """``target.view(-1)[where] = what``, all int32."""
+    count = where.numel()
+    _start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
+
+
+def _launch(pdl: bool) -> dict[str, Any]:
+    return {"launch_pdl": True} if pdl else {}
+
+
+def decode_splits(batch: int, kv_heads: int) -> int:
+    """How many programs share one request's context: enough to fill the device at small batches."""
+    return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(256, batch * kv_heads)))))
+
+
+def attend_decode(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    seats: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    partial: Tensor,
+    state: Tensor,
+    counters: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    block_size: int,
+    window: int,
+    rotate: bool,
+    splits: int,
+    block: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
+    pdl: bool = False,
+) -> None:
+    """One new position for each row: bias, q/k norm and rotation, its write to the cache, and its attention.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        ``[B, (H + 2 KV) D]`` as projected.
+    positions, seats : Tensor
+        int32 ``[B]``.
+    tables : Tensor
+        int32 ``[seats, width]``, cache blocks of each seat.
+    keys, values : Tensor
+        ``[slots, KV, D]``
+    out : Tensor
+        ``[B, H D]``
+    partial, state, counters : Tensor
+        Scratch: ``B · KV · splits · GP`` heads (GP: query heads per KV head, at least 16) of D, of 2 (float32), and
+        ``B · KV`` int32 that are 0 between calls.
+    """
+    kv, d = keys.shape[1], keys.shape[2]
+    h = out.shape[1] // d
+    if block is None:  # by measurement (docs/gpu-performance.md)
+        block = 64 if qkv.shape[0] < 16 or keys.dtype == torch.float32 else 128
+    warps = warps or (8 if block == 128 and qkv.shape[0] < 128 else 4)
+    stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
+    _start(_attend_decode_kernel, (qkv.shape[0], kv, splits))(
+        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
+        scale, eps, tables.shape[1], block_size,
+        h, kv, d, h // kv, padded_group(h // kv), window,
+        bias is not None, q_gain is not None, rotate, splits, block,
+        keys.dtype == torch.float32, INTERPRETED, stages, pdl,
+        num_warps=warps, **_launch(pdl),
+    )  # fmt: skip
+
+
+def padded_group(group: int) -> int:
+    """Rows of a matrix product for ``group`` query heads."""
+    return max(16, int(triton.next_power_of_2(group)))
+
+
+def rotate_write(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    seats: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    eps: float,
+    block_size: int,
+    rotate: bool,
+) -> None:
+    """Bias, q/k norm and rotation, queries in place, keys and values into the cache. Arguments as above."""
+    kv, d = keys.shape[1], keys.shape[2]
+    h = qkv.shape[1] // d - 2 * kv
+    _start(_rotate_write_kernel, (qkv.shape[0],))(
+        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, tables.shape[1], block_size,
+        h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
+        num_warps=8,
+    )  # fmt: skip
+
+
+def attend_varlen(
+    qkv: Tensor,
+    tiles: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    block_size: int,
+    window: int,
+    block: int = 64,
+    warps: int = 4,
+    stages: int = 2,
+) -> None:
+    """Attention of many positions, after :func:`rotate_write`.
+
+    ``tiles`` is int32 ``[n, 4]``: seat, first row, its position, and how many (at most :func:`tile_tokens`) positions.
+    """
+    kv, d = keys.shape[1], keys.shape[2]
+    h = out.shape[1] // d
+    _start(_attend_varlen_kernel, (tiles.shape[0], kv))(
+        qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
+        h, kv, d, h // kv, tile_tokens(h, kv), window, VARLEN_ROWS, block, keys.dtype == torch.float32, INTERPRETED, stages,
+        num_warps=warps,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Starts the GPU fast path beside the plain one: lays out the weights and proves the results."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.llama import Architecture, UnsupportedError, check_supported, fuse
+from inference_server.engine.request import Request
+from inference_server.engine.runner import ModelRunner
+from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.protocol import Kind, SamplingParams
+
+if TYPE_CHECKING:
+    from inference_server.engine.gpu.runner import GpuRunner
+
+CHECK_LENGTH = 24
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def start(model: Any, plain: ModelRunner, positions: int, rows: int) -> GpuRunner:
+    """Build and verify the fast path of a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its projections are fused: they become views of larger matrices, with the same values.
+    plain : ModelRunner
+        The path to agree with. Its cache tensors are shared.
+    positions : int
+        The longest text to serve.
+    rows : int
+        The most requests in one step.
+
+    Raises
+    ------
+    UnsupportedError
+        Saying why the model cannot have one.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise UnsupportedError("it needs the package triton, which is not installed here")
+    check_supported(model, plain.tensors.dtype)
+    dim = model.model.layers[0].self_attn.head_dim
+    if dim & (dim - 1) or dim < 16:
+        raise UnsupportedError(f"its heads have {dim} elements, not a power of two of at least 16")
+    from inference_server.engine.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
+
+    architecture = fuse(model, plain.tensors.dtype, max(positions, CHECK_LENGTH))
+    difference = _difference(model, architecture, plain.tensors)
+    if not difference <= TOLERANCE[plain.tensors.dtype]:
+        raise UnsupportedError(f"its logits differ from the plain path's by {difference:.2g} (relative)")
+    return GpuRunner(architecture, plain, max(positions, CHECK_LENGTH), rows)
+
+
+def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) -> float:
+    """Largest relative difference of logits: a prompt at once, some positions at once, one, one replayed, two."""
+    from inference_server.engine.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
+
+    size = like.block_size
+    blocks = -(-CHECK_LENGTH // size)
+    tensors = PagedKVTensors(2 * blocks, size, like.device, like.dtype)
+    tensors.reserve(
+        [(keys.shape[1], keys.shape[2], values.shape[2]) for keys, values in zip(like.keys, like.values, strict=True)]
+    )
+    generator = torch.Generator().manual_seed(0)
+    sampling = SamplingParams(max_tokens=1)
+    requests = []
+    for handle in range(2):
+        tokens = torch.randint(0, architecture.vocab, (CHECK_LENGTH,), generator=generator).tolist()
+        request = Request(
+            handle=handle, prompt_len=CHECK_LENGTH, tokens=tokens, sampling=sampling, seed=0, arrival=handle
+        )
+        # Last block first: a kernel that ignored the block table would give itself away.
+        request.blocks = list(range(2 * blocks - 1, -1, -1))[handle * blocks :][:blocks]
+        requests.append(request)
+    plain = ModelRunner(model, tensors)
+    fast = GpuRunner(architecture, plain, CHECK_LENGTH, 2)
+    fast.compile()
+    worst = 0.0
+    a, b = requests
+    steps = (((a, 0, 20),), ((a, 20, 2), (b, 0, 22)), ((a, 22, 1),), ((a, 22, 1),), ((a, 23, 1), (b, 22, 1)))
+    for number, parts in enumerate(steps):
+        items = [Scheduled(request, start, count, Kind.PREFILL, sample=True) for request, start, count in parts]
+        plan = StepPlan(number, items, use_cache=True)
+        expected = plain.forward(plan, plain.prepare(plan)).float()
+        got = fast.forward(plan, fast.prepare(plan)).float()
+        worst = max(worst, float((got - expected).norm() / expected.norm().clamp(min=1e-6)))
+    return worst

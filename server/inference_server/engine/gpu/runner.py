@@ -1,0 +1,494 @@
+"""Runs step plans on a GPU through own kernels and cuBLAS. Owns the device's block table, buffers and CUDA graphs.
+
+A step of single positions (decode) goes through buffers that never move, padded to one of :data:`BUCKETS`, so that it
+can be captured once and replayed. Any other step is launched kernel by kernel. Both leave the chosen tokens on the
+device, from where the next step reads them: the host may plan and launch a step before it knows the tokens of the last.
+
+Per step one small copy goes to the device (ids, positions, seats, changes of the block table) and one comes back (the
+chosen tokens); the only wait is for the latter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.gpu import kernels
+from inference_server.engine.llama import Architecture, Layer
+from inference_server.engine.request import Request
+from inference_server.engine.runner import ModelRunner
+from inference_server.engine.scheduler import StepPlan
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
+"""Batch sizes that have a CUDA graph; a batch in between is padded to the next."""
+SLOTS = 4
+"""Host buffers in turn; at most two steps are under way at a time."""
+SPARE_UPDATES = 1 << 16
+"""Block-table changes that fit into the fixed input buffer of a decode step."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """A request's row of the device's block table."""
+
+    index: int
+    blocks: list[int]
+    """The very list that the request holds; another one means that it was preempted meanwhile."""
+    filled: int = 0
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """A plan as numbers, in host memory that the device can read."""
+
+    slot: int
+    length: int
+    """Numbers in use."""
+    rows: int
+    bucket: int
+    """Rows including padding; 0 where the step is not one of single positions."""
+    kept: list[int]
+    """Rows whose token is chosen."""
+    tiles: int
+    updates: int
+
+
+def _aligned(length: int) -> int:
+    """Numbers that a column takes up: each begins at 16 bytes, since kernels are compiled anew for other alignments."""
+    return -(-length // 4) * 4
+
+
+class Selection:
+    """The most likely token of each sampled row, on its way from the device.
+
+    Parameters
+    ----------
+    host : Tensor
+        Where they arrive.
+    kept : list of int or None
+        Rows of ``host`` to take; all where ``None``.
+    begin, end, arrived : torch.cuda.Event or None
+        Around the step's device work, and after the copy. ``None`` without a GPU.
+    """
+
+    def __init__(self, host: Tensor, kept: list[int] | None, begin: Any, end: Any, arrived: Any) -> None:
+        self._host = host
+        self._kept = kept
+        self._begin, self._end, self._arrived = begin, end, arrived
+
+    def wait(self) -> None:
+        """Wait until the step is done on the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    def tolist(self) -> list[int]:
+        """Wait for the tokens and return them."""
+        self.wait()
+        tokens: list[int] = self._host.tolist()
+        return tokens if self._kept is None else [tokens[row] for row in self._kept]
+
+    @property
+    def device_ns(self) -> int | None:
+        """How long the device worked on the step; call :meth:`wait` before."""
+        if self._begin is None:
+            return None
+        return int(self._begin.elapsed_time(self._end) * 1e6)
+
+
+class GpuRunner:
+    """The fast path of one model.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    plain : ModelRunner
+        Shares its cache tensors, and computes steps without a KV cache.
+    positions : int
+        The longest text.
+    rows : int
+        The most requests in one step.
+    pdl : bool
+        Let kernels of a decode step overlap at their edges.
+    """
+
+    def __init__(
+        self, architecture: Architecture, plain: ModelRunner, positions: int, rows: int, *, pdl: bool = True
+    ) -> None:
+        self.architecture = architecture
+        self.plain = plain
+        self.tensors: PagedKVTensors = plain.tensors
+        self.device = self.tensors.device
+        self.use_graphs = True
+        """Replay captured graphs (the feature ``cuda_graphs``)."""
+        self.greedy: Selection | None = None
+        self._cuda = self.device.type == "cuda"
+        self._pdl = pdl and self._cuda and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self._name = "fast-gpu fp32" if architecture.dtype == torch.float32 else "fast-gpu bf16"
+        self.label = self._name
+        self._positions = positions
+        self._num_seats = rows + 8
+        self._rows = next((bucket for bucket in BUCKETS if bucket >= rows), BUCKETS[-1])
+        self._seats: dict[int, _Seat] = {}
+        self._free: list[int] = []
+        self._last_step = -1
+        self._block_size = 0
+        self._turn = 0
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._host = [self._pinned(3 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
+        self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
+        self._tokens_host = [self._pinned(max(self._rows, rows)) for _ in range(SLOTS)]
+        event: Any = torch.cuda.Event
+        self._events: list[tuple[Any, Any, Any]] = [
+            (event(enable_timing=True), event(enable_timing=True), event()) if self._cuda else (None, None, None)
+            for _ in range(SLOTS)
+        ]
+        self._reserve()
+        self._reset_tables()
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile what the first requests need, many kernels at once: one after another takes ten seconds."""
+        with kernels.compiling():
+            for bucket in {BUCKETS[0], self._rows}:
+                self._decode(bucket)
+            rows, kept, tiles = 4, [0], 1
+            inputs = torch.zeros(3 * rows + 2 * _aligned(1) + 4 * tiles, dtype=torch.int32, device=self.device)
+            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, tiles, 0), inputs)
+            kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def prepare(self, plan: StepPlan) -> Any:
+        """Pack a plan. Work per request and step does not grow with the length of its context."""
+        if not plan.use_cache:
+            return self.plain.prepare(plan)
+        size = self.tensors.block_size
+        if size != self._block_size:
+            self._reset_tables()
+        if plan.transfers or plan.step != self._last_step + 1:
+            # A copy on write replaced a block in the middle of a table, or may have while another path ran.
+            for seat in self._seats.values():
+                seat.filled = 0
+        self._last_step = plan.step
+        items = plan.items
+        where: list[int] = []
+        what: list[int] = []
+        seats = [self._seat(item.request, plan, where, what) for item in items]
+        kept: list[int] = []
+        tiles: list[int] = []
+        rows = len(items)
+        if rows <= self._rows and all(item.count == 1 for item in items):
+            bucket = next(each for each in BUCKETS if each >= rows)
+            pad = _aligned(bucket) - rows
+            ids = [-1 if item.start >= len(item.request.tokens) else item.request.tokens[item.start] for item in items]
+            positions = [item.start for item in items]
+            kept = [row for row, item in enumerate(items) if item.sample]
+            columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad]
+        else:
+            bucket = 0
+            ids, positions = [], []
+            columns_seats: list[int] = []
+            kept_seats: list[int] = []
+            per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
+            for item, place in zip(items, seats, strict=True):
+                offset, start, count = len(ids), item.start, item.count
+                tokens = item.request.tokens[start : start + count]
+                ids += tokens if len(tokens) == count else [*tokens, -1]
+                positions += range(start, start + count)
+                columns_seats += [place] * count
+                if item.sample:
+                    kept.append(offset + count - 1)
+                    kept_seats.append(place)
+                for begin in range(0, count, per_tile):
+                    tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
+            rows = len(ids)
+            columns = [ids, positions, columns_seats, kept, kept_seats, tiles]
+            columns = [column + [0] * (_aligned(len(column)) - len(column)) for column in columns]
+        spare = [0] * (_aligned(len(where)) - len(where))
+        columns += (where + spare, what + spare)
+        length = sum(map(len, columns))
+        slot = self._turn = (self._turn + 1) % SLOTS
+        if length > len(self._host_np[slot]):
+            self._host[slot] = self._pinned(2 * length)
+            self._host_np[slot] = self._host[slot].numpy()
+        packed = self._host_np[slot]
+        at = 0
+        for column in columns:
+            if column:
+                packed[at : at + len(column)] = column
+                at += len(column)
+        return PackedStep(slot, length, rows, bucket, kept, len(tiles) // 4, len(where))
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, packed: Any) -> Tensor:
+        """Launch the step; return the logits of its sampled positions, ``[S, vocab]``, valid until the next step.
+
+        Nothing is waited for: :attr:`greedy` has the most likely tokens as soon as they arrive.
+        """
+        if not plan.use_cache:
+            self.greedy, self.label = None, self.plain.label
+            return self.plain.forward(plan, packed)
+        if plan.transfers:
+            self.tensors.transfer(plan.transfers)
+        begin, end, arrived = self._events[packed.slot]
+        source = self._host[packed.slot][: packed.length]
+        fixed = packed.bucket and packed.length <= len(self._inputs)
+        inputs = self._inputs[: packed.length] if fixed else torch.empty_like(source, device=self.device)
+        inputs.copy_(source, non_blocking=True)
+        if packed.updates:
+            where, what = inputs[packed.length - 2 * _aligned(packed.updates) :].chunk(2)
+            kernels.scatter(self._tables, where[: packed.updates], what[: packed.updates])
+        if packed.bucket and not fixed:
+            used = 3 * _aligned(packed.bucket)
+            self._inputs[:used].copy_(inputs[:used])
+        if begin is not None:
+            begin.record()
+        if packed.bucket:
+            logits, tokens, capture = self._decode_step(packed.bucket)
+            everything = packed.kept == list(range(packed.rows))
+            kept = None if everything else packed.kept
+            count = packed.rows
+            if not everything:
+                logits = logits[torch.tensor(packed.kept, dtype=torch.long, device=self.device)]
+            else:
+                logits = logits[:count]
+        else:
+            logits, tokens = self._mixed_step(packed, inputs)
+            kept, count, capture = None, len(packed.kept), False
+            self.label = self._name
+        if end is not None:
+            end.record()
+        host = self._tokens_host[packed.slot]
+        if count > len(host):
+            host = self._tokens_host[packed.slot] = self._pinned(2 * count)
+        host = host[:count]
+        host.copy_(tokens[:count], non_blocking=True)
+        if arrived is not None:
+            arrived.record()
+        self.greedy = Selection(host, kept, begin, end, arrived)
+        if capture:
+            self._graphs[packed.bucket] = self._capture(packed.bucket)
+        return logits
+
+    def _decode_step(self, bucket: int) -> tuple[Tensor, Tensor, bool]:
+        """Launch the step in the fixed buffers; return logits, tokens, and whether to capture it now."""
+        graph = self._graphs.get(bucket) if self.use_graphs else None
+        if graph is not None:
+            self.label = f"{self._name}, graph"
+            graph.replay()
+        else:
+            # The first step of a size is launched kernel by kernel, which also compiles them, and then captured.
+            self.label = self._name
+            self._decode(bucket)
+        return self._logits(bucket), self._tokens[:bucket], self.use_graphs and self._cuda and graph is None
+
+    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._decode(bucket)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return graph
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def _decode(self, rows: int) -> None:
+        """One position for each of ``rows`` rows of the fixed buffers."""
+        a, pdl = self.architecture, self._pdl
+        stride = _aligned(rows)
+        ids, positions, seats = (self._inputs[part * stride :][:rows] for part in range(3))
+        residual, normed, qkv = self._residual[:rows], self._normed[:rows], self._qkv[:rows]
+        attended, delta = self._attended[:rows], self._delta[:rows]
+        both, active = self._both[:rows], self._active[:rows]
+        splits = kernels.decode_splits(rows, a.kv_heads)
+        kernels.embed(ids, seats, self._last, a.embedding, residual, pdl=pdl)
+        pending: Tensor | None = None
+        for index, layer in enumerate(a.layers):
+            if rows == 1:
+                kernels.gemv(residual[0], layer.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
+            else:
+                kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
+                torch.mm(normed, layer.qkv.t(), out=qkv)
+            kernels.attend_decode(
+                qkv,
+                *self._vectors(layer),
+                positions,
+                seats,
+                self._tables,
+                self.tensors.keys[index],
+                self.tensors.values[index],
+                attended,
+                self._partial,
+                self._state,
+                self._counters,
+                scale=a.scaling,
+                eps=a.eps,
+                block_size=self._block_size,
+                window=layer.window,
+                rotate=layer.rotate,
+                splits=splits,
+                pdl=pdl,
+            )
+            if rows == 1:
+                kernels.gemv(attended[0], layer.output, residual=residual[0], pdl=pdl)
+                kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
+                kernels.gemv(active[0], layer.down, residual=residual[0], pdl=pdl)
+            else:
+                torch.mm(attended, layer.output.t(), out=delta)
+                kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed, pdl=pdl)
+                torch.mm(normed, layer.gate_up.t(), out=both)
+                kernels.silu_mul(both, active, pdl=pdl)
+                torch.mm(active, layer.down.t(), out=delta)
+                pending = delta
+        logits = self._logits(rows)
+        if rows == 1:
+            kernels.gemv(residual[0], a.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
+        else:
+            kernels.add_norm(residual, pending, a.final_norm, a.eps, normed, pdl=pdl)
+            torch.mm(normed, a.head.t(), out=logits)
+        kernels.argmax(logits, seats, self._best, self._index, self._tokens, self._last, pdl=pdl)
+
+    def _mixed_step(self, packed: PackedStep, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Any step: some requests compute many positions."""
+        a, rows, count = self.architecture, packed.rows, len(packed.kept)
+        dtype, device = a.dtype, self.device
+        columns, at = [], 0
+        for length in (rows, rows, rows, count, count, 4 * packed.tiles):
+            columns.append(inputs[at : at + length])
+            at += _aligned(length)
+        ids, positions, seats, kept, kept_seats, tiles = columns
+        tiles = tiles.view(-1, 4)
+        residual = torch.empty(rows, a.hidden, device=device)
+        normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
+        qkv = torch.empty(rows, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
+        attended = torch.empty(rows, a.heads * a.head_dim, device=device, dtype=dtype)
+        delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
+        both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
+        active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
+        kernels.embed(ids, seats, self._last, a.embedding, residual)
+        pending: Tensor | None = None
+        for index, layer in enumerate(a.layers):
+            keys, values = self.tensors.keys[index], self.tensors.values[index]
+            kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed)
+            torch.mm(normed, layer.qkv.t(), out=qkv)
+            kernels.rotate_write(
+                qkv,
+                *self._vectors(layer),
+                positions,
+                seats,
+                self._tables,
+                keys,
+                values,
+                eps=a.eps,
+                block_size=self._block_size,
+                rotate=layer.rotate,
+            )
+            kernels.attend_varlen(
+                qkv,
+                tiles,
+                self._tables,
+                keys,
+                values,
+                attended,
+                scale=a.scaling,
+                block_size=self._block_size,
+                window=layer.window,
+            )
+            torch.mm(attended, layer.output.t(), out=delta)
+            kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
+            torch.mm(normed, layer.gate_up.t(), out=both)
+            kernels.silu_mul(both, active)
+            torch.mm(active, layer.down.t(), out=delta)
+            pending = delta
+        if not count:
+            return torch.empty(0, a.vocab, device=device), self._tokens[:0]
+        last = torch.empty(count, a.hidden, device=device, dtype=dtype)
+        kernels.add_norm(residual, pending, a.final_norm, a.eps, last, select=kept)
+        logits = torch.mm(last, a.head.t())
+        parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
+        best = torch.empty(count, parts, device=device)
+        index_ = torch.empty(count, parts, device=device, dtype=torch.int32)
+        tokens = torch.empty(count, device=device, dtype=torch.int32)
+        kernels.argmax(logits, kept_seats, best, index_, tokens, self._last)
+        return logits, tokens
+
+    def _vectors(self, layer: Layer) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
+        return layer.qkv_bias, layer.q_norm, layer.k_norm, self.architecture.cos, self.architecture.sin
+
+    # -- block tables --------------------------------------------------------------------------------------------------
+
+    def _seat(self, request: Request, plan: StepPlan, where: list[int], what: list[int]) -> int:
+        """The request's row of the block table; appends to ``where`` and ``what`` how it has to change."""
+        blocks = request.blocks
+        seat = self._seats.get(request.handle)
+        if seat is None:
+            if not self._free:
+                staying = {item.request.handle for item in plan.items}
+                for handle in [handle for handle in self._seats if handle not in staying]:
+                    self._free.append(self._seats.pop(handle).index)
+            seat = self._seats[request.handle] = _Seat(self._free.pop(), blocks)
+        elif seat.blocks is not blocks:
+            seat.blocks, seat.filled = blocks, 0
+        filled, count = seat.filled, len(blocks)
+        if filled < count:
+            first = seat.index * self._width
+            where += range(first + filled, first + count)
+            what += blocks[filled:]
+            seat.filled = count
+        return seat.index
+
+    def _reset_tables(self) -> None:
+        self._block_size = self.tensors.block_size
+        self._width = -(-self._positions // self._block_size)
+        self._tables = torch.zeros(self._num_seats, self._width, dtype=torch.int32, device=self.device)
+        self._graphs.clear()  # they hold the address and the width of the table
+        self._pool = None  # a pool ends with the last graph in it
+        self._seats.clear()
+        self._free = list(range(self._num_seats - 1, -1, -1))
+
+    # -- buffers -------------------------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        a, rows, device, dtype = self.architecture, self._rows, self.device, self.architecture.dtype
+        self._inputs = torch.zeros(3 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
+        self._last = torch.zeros(self._num_seats, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._residual = torch.empty(rows, a.hidden, device=device)
+        self._normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
+        self._qkv = torch.empty(rows, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
+        self._attended = torch.empty(rows, a.heads * a.head_dim, device=device, dtype=dtype)
+        self._delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
+        self._both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
+        self._active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
+        self._logits_one = torch.empty(1, a.vocab, device=device)
+        self._logits_many = torch.empty(rows, a.vocab, device=device, dtype=dtype)
+        parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
+        self._best = torch.empty(rows, parts, device=device)
+        self._index = torch.empty(rows, parts, device=device, dtype=torch.int32)
+        group = kernels.padded_group(a.heads // a.kv_heads)
+        most = max(
+            bucket * a.kv_heads * kernels.decode_splits(bucket, a.kv_heads) for bucket in BUCKETS if bucket <= rows
+        )
+        self._partial = torch.empty(most * group * a.head_dim, device=device)
+        self._state = torch.empty(most * group * 2, device=device)
+        self._counters = torch.zeros(rows * a.kv_heads, dtype=torch.int32, device=device)
+
+    def _logits(self, bucket: int) -> Tensor:
+        return self._logits_one if bucket == 1 else self._logits_many[:bucket]
+
+    def _pinned(self, length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.int32, pin_memory=self._cuda)

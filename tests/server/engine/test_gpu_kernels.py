@@ -1,0 +1,283 @@
+"""The GPU kernels agree with float64, and the GPU runner with the plain path.
+
+Without a GPU they run in Triton's interpreter on the CPU: the same code, slowly, so the shapes are small.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from architectures import build
+
+from inference_server.engine.attention import NAME, PagedKVTensors
+from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu.runner import GpuRunner
+from inference_server.engine.llama import fuse
+from inference_server.engine.request import Request
+from inference_server.engine.runner import ModelRunner
+from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.protocol import Kind, SamplingParams
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+BF16_STEP = 2.0**-7  # the interpreter cuts where a device rounds
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else BF16_STEP
+
+
+def normed(x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gain.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(7, 32), (33, 96), (64, 2080)])
+def test_matrix_times_vector_agrees_with_float64(dtype: torch.dtype, n: int, k: int) -> None:
+    torch.manual_seed(n)
+    weight = torch.randn(n, k, device=DEVICE).to(dtype)
+    x, gain = torch.randn(k, device=DEVICE), torch.randn(k, device=DEVICE)
+    out = torch.full((n,), torch.nan, device=DEVICE)
+    kernels.gemv(x.to(dtype), weight, out=out)
+    assert relative(out, weight.double() @ x.to(dtype).double()) < 1e-5
+    kernels.gemv(x, weight, out=out.fill_(torch.nan), gain=gain, eps=1e-5)
+    expected = weight.double() @ normed(x, gain, 1e-5)
+    assert relative(out, expected) < 1e-5
+    residual = torch.randn(n, device=DEVICE)
+    before = residual.double()
+    kernels.gemv(x.to(dtype), weight, residual=residual)
+    assert relative(residual, before + weight.double() @ x.to(dtype).double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 48])
+def test_gate_and_up_of_one_vector_agree_with_float64(dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2 * width, 96, device=DEVICE).to(dtype)
+    x, gain = torch.randn(96, device=DEVICE), torch.randn(96, device=DEVICE)
+    out = torch.full((width,), torch.nan, device=DEVICE, dtype=dtype)
+    kernels.gemv_gate_up(x, gain, 1e-6, weight, out)
+    gate, up = (weight.double() @ normed(x, gain, 1e-6)).chunk(2)
+    assert relative(out, torch.nn.functional.silu(gate) * up) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elementwise_kernels_agree_with_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    residual, delta = torch.randn(5, 96, device=DEVICE), torch.randn(5, 96, device=DEVICE).to(dtype)
+    gain, out = torch.randn(96, device=DEVICE), torch.full((5, 96), torch.nan, device=DEVICE, dtype=dtype)
+    summed = residual.double() + delta.double()
+    picked = torch.full((2, 96), torch.nan, device=DEVICE, dtype=dtype)
+    select = torch.tensor([3, 1], device=DEVICE, dtype=torch.int32)
+    kernels.add_norm(residual, delta, gain, 1e-5, picked, select=select)
+    assert relative(picked, normed(summed[[3, 1]], gain, 1e-5)) < tolerance(dtype)
+    kernels.add_norm(residual, delta, gain, 1e-5, out)
+    assert relative(residual, summed) < 1e-6
+    assert relative(out, normed(summed, gain, 1e-5)) < tolerance(dtype)
+    both, active = (30 * torch.randn(3, 80, device=DEVICE)).to(dtype), torch.empty(3, 40, device=DEVICE, dtype=dtype)
+    kernels.silu_mul(both, active)
+    gate, up = both.double().chunk(2, dim=1)
+    assert relative(active, torch.nn.functional.silu(gate) * up) < tolerance(dtype)
+
+
+def test_argmax_takes_the_first_of_equals_and_notes_it_by_seat() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 3 * kernels.ARGMAX_BLOCK + 5, device=DEVICE)
+    logits[0, -1] = logits[0, 77] = 9.0
+    logits[1, kernels.ARGMAX_BLOCK] = 9.0
+    best, index = torch.empty(3, 4, device=DEVICE), torch.empty(3, 4, device=DEVICE, dtype=torch.int32)
+    tokens, last = (torch.full((size,), -7, device=DEVICE, dtype=torch.int32) for size in (3, 4))
+    kernels.argmax(logits, torch.tensor([2, 0, -1], device=DEVICE, dtype=torch.int32), best, index, tokens, last)
+    third = int(logits[2].argmax())
+    assert tokens.tolist() == [77, kernels.ARGMAX_BLOCK, third]
+    assert last.tolist() == [kernels.ARGMAX_BLOCK, -7, 77, -7]
+
+
+class Case:
+    """Contexts of several requests over scattered blocks, with rotation and q/k norm."""
+
+    heads, kv, dim, block, positions = 6, 2, 32, 8, 400
+
+    def __init__(self, dtype: torch.dtype, lengths: list[int], *, bias: bool, norm: bool) -> None:
+        torch.manual_seed(0)
+        self.lengths = lengths
+        blocks = torch.randperm(160).tolist()
+        self.keys, self.values = (
+            torch.randn(160 * self.block, self.kv, self.dim, device=DEVICE).to(dtype) for _ in range(2)
+        )
+        width = -(-self.positions // self.block)
+        self.tables = torch.zeros(len(lengths), width, dtype=torch.int32, device=DEVICE)
+        for seat, length in enumerate(lengths):
+            count = -(-length // self.block)
+            self.tables[seat, :count] = torch.tensor([blocks.pop() for _ in range(count)])
+        angles = torch.arange(self.positions)[:, None] / 100.0 ** (torch.arange(self.dim // 2) / (self.dim // 2))
+        self.cos, self.sin = angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+        total = (self.heads + 2 * self.kv) * self.dim
+        self.bias = torch.randn(total, device=DEVICE) if bias else None
+        self.q_gain, self.k_gain = (torch.randn(self.dim, device=DEVICE) if norm else None for _ in range(2))
+
+    def heads_of(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values in float64, ``[T, heads, D]``."""
+        x = qkv.double() if self.bias is None else qkv.double() + self.bias.double()
+        q, k, v = x.view(len(qkv), -1, self.dim).split([self.heads, self.kv, self.kv], dim=1)
+        if self.q_gain is not None and self.k_gain is not None:
+            q, k = normed(q, self.q_gain, 1e-6), normed(k, self.k_gain, 1e-6)
+        cos, sin = (part[positions].double()[:, None].repeat(1, 1, 2) for part in (self.cos, self.sin))
+
+        def rotate(y: torch.Tensor) -> torch.Tensor:
+            first, second = y.chunk(2, dim=-1)
+            return y * cos + torch.cat([-second, first], -1) * sin
+
+        return rotate(q), rotate(k), v
+
+    def slots(self, seat: int, length: int) -> torch.Tensor:
+        places = torch.arange(length, device=DEVICE)
+        return self.tables[seat].long()[places // self.block] * self.block + places % self.block
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, window: int) -> torch.Tensor:
+        first = max(0, position + 1 - window) if window else 0
+        k, v = (each[first : position + 1].double().repeat_interleave(self.heads // self.kv, 1) for each in (k, v))
+        weights = torch.softmax(torch.einsum("hd,shd->hs", q, k) * self.dim**-0.5, dim=-1)
+        return torch.einsum("hs,shd->hd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "bias", "norm"), [(0, False, True), (20, True, False)])
+def test_decode_attention_over_scattered_blocks_agrees_with_float64(
+    dtype: torch.dtype, window: int, bias: bool, norm: bool
+) -> None:
+    lengths = [1, 8, 9, 64, 65, 300]
+    case = Case(dtype, lengths, bias=bias, norm=norm)
+    for splits in (1, 4):
+        keys, values = case.keys.clone(), case.values.clone()
+        qkv = torch.randn(len(lengths) + 1, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
+        out = torch.full((len(qkv), case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
+        positions = torch.tensor([*(length - 1 for length in lengths), -1], device=DEVICE, dtype=torch.int32)
+        seats = torch.tensor([*range(len(lengths)), -1], device=DEVICE, dtype=torch.int32)
+        count = len(qkv) * case.kv
+        counters = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+        scratch = count * splits * kernels.padded_group(case.heads // case.kv)
+        kernels.attend_decode(
+            qkv, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
+            out, torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
+            scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits, block=16,
+        )  # fmt: skip
+        q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
+        for row, length in enumerate(lengths):
+            slots = case.slots(row, length)
+            assert relative(keys[slots[-1]], k[row]) < tolerance(dtype), "the key is in the cache"
+            assert relative(values[slots[-1]], v[row]) < tolerance(dtype)
+            expected = case.attend(q[row], keys[slots], values[slots], length - 1, window)
+            assert relative(out[row], expected.flatten()) < 2 * tolerance(dtype), f"context {length}, {splits} splits"
+        assert not out[-1].any(), "padding attends to nothing"
+        assert not counters.any(), "the counters are ready for the next step"
+        written = torch.cat([case.slots(row, length)[-1:] for row, length in enumerate(lengths)])
+        untouched = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
+        untouched[written] = False
+        assert torch.equal(keys[untouched], case.keys[untouched]), "nothing else was written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "bias", "norm"), [(0, True, True), (20, False, False)])
+def test_attention_of_prompts_and_single_positions_agrees_with_float64(
+    dtype: torch.dtype, window: int, bias: bool, norm: bool
+) -> None:
+    starts, counts = [0, 30, 63], [50, 1, 45]
+    case = Case(dtype, [start + count for start, count in zip(starts, counts, strict=True)], bias=bias, norm=norm)
+    total = sum(counts)
+    qkv = torch.randn(total, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
+    positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
+    seats = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    positions, seats = positions.to(DEVICE, torch.int32), seats.to(DEVICE, torch.int32)
+    per_tile = kernels.tile_tokens(case.heads, case.kv)
+    tiles, offset = [], 0
+    for seat, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        tiles += [
+            [seat, offset + begin, start + begin, min(per_tile, count - begin)] for begin in range(0, count, per_tile)
+        ]
+        offset += count
+    q, k, v = case.heads_of(qkv, positions.long())
+    vectors = (case.bias, case.q_gain, case.k_gain, case.cos, case.sin)
+    kernels.rotate_write(
+        qkv, *vectors, positions, seats, case.tables, case.keys, case.values,
+        eps=1e-6, block_size=case.block, rotate=True,
+    )  # fmt: skip
+    out = torch.full((total, case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
+    kernels.attend_varlen(
+        qkv, torch.tensor(tiles, device=DEVICE, dtype=torch.int32), case.tables, case.keys, case.values, out,
+        scale=case.dim**-0.5, block_size=case.block, window=window, block=16,
+    )  # fmt: skip
+    for row in range(total):
+        seat, position = int(seats[row]), int(positions[row])
+        slots = case.slots(seat, position + 1)
+        assert relative(case.keys[slots[-1]], k[row]) < tolerance(dtype)
+        assert relative(case.values[slots[-1]], v[row]) < tolerance(dtype)
+        expected = case.attend(q[row], case.keys[slots], case.values[slots], position, window)
+        assert relative(out[row], expected.flatten()) < 4 * tolerance(dtype), f"request {seat}, position {position}"
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "mistral-window", "qwen3"] if CUDA else ["mistral-window", "qwen3"])
+def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(name: str) -> None:
+    model: Any = build(name).to(DEVICE)
+    model.set_attn_implementation(NAME)
+    tensors = PagedKVTensors(64, 16, torch.device(DEVICE), torch.float32)
+    config = model.config
+    tensors.reserve([(config.num_key_value_heads, 16, 16)] * config.num_hidden_layers)
+    plain = ModelRunner(model, tensors)
+    fast = GpuRunner(fuse(model, torch.float32, 400), plain, 400, 4)
+    requests = []
+    blocks = list(range(64))
+    random.Random(0).shuffle(blocks)
+    for handle, length in enumerate((120, 40, 17, 5)):
+        tokens = torch.randint(3, 256, (length + 8,)).tolist()
+        sampling = SamplingParams(max_tokens=1)
+        request = Request(handle=handle, prompt_len=length, tokens=tokens, sampling=sampling, seed=0, arrival=handle)
+        request.blocks = [blocks.pop() for _ in range(-(-len(tokens) // 16))]
+        requests.append(request)
+    a, b, c, d = requests
+    steps: list[list[tuple[Request, int, int]]] = [
+        [(a, 0, 70), (b, 0, 40)],
+        [(a, 70, 50), (b, 40, 1), (c, 0, 17)],
+        [(b, 41, 3), (c, 17, 1), (d, 0, 5)],
+        [(a, 120, 1), (b, 44, 1), (c, 18, 1), (d, 5, 1)],
+        [(a, 121, 1)],
+        [(a, 122, 1), (c, 19, 1), (d, 6, 1)],
+        [(a, 123, 1), (c, 20, 1), (d, 7, 1)],
+    ]
+    for number, parts in enumerate(steps):
+        items = [Scheduled(request, start, count, Kind.PREFILL, sample=True) for request, start, count in parts]
+        plan = StepPlan(number, items, use_cache=True)
+        expected = plain.forward(plan, plain.prepare(plan)).clone()
+        got = fast.forward(plan, fast.prepare(plan))
+        assert relative(got, expected) <= 1e-5, (
+            f"step {number}: {[relative(*rows) for rows in zip(got, expected, strict=True)]}"
+        )
+        assert fast.greedy is not None
+        assert fast.greedy.tolist() == got.argmax(-1).tolist()
+    # The tokens just chosen are on the device: the next step may be launched before the host knows them.
+    chosen = fast.greedy.tolist()
+    after = [(request, start + count) for request, start, count in steps[-1]]
+    for (request, start), token in zip(after, chosen, strict=True):
+        request.tokens[start:] = [token]
+    items = [Scheduled(request, start, 1, Kind.DECODE, sample=True) for request, start in after]
+    plan = StepPlan(len(steps), items, use_cache=True)
+    expected = plain.forward(plan, plain.prepare(plan)).clone()
+    for request, start in after:
+        del request.tokens[start:]
+    got = fast.forward(plan, fast.prepare(plan))
+    assert relative(got, expected) <= 1e-5
