@@ -11,6 +11,10 @@ import pytest
 # Before torch loads: spinning OpenMP threads of several processes would starve each other on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Before anything loads Triton: without a GPU its kernels run in the interpreter, on the CPU.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 for folder in ("", "server/engine"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
