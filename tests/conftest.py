@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+if not Path("/dev/nvidiactl").exists():
+    # Before anything imports Triton, whose own functions are made for the interpreter or not when they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Before torch loads: spinning OpenMP threads of several processes would starve each other on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
