@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+if not Path("/dev/nvidiactl").exists():
+    # Before anything imports Triton, whose own functions are made for the interpreter or not when they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Before torch loads: spinning OpenMP threads of several processes would starve each other on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Before anything loads Triton: without a GPU its kernels run in the interpreter, on the CPU.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 for folder in ("", "server/engine"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
