@@ -25,9 +25,10 @@ EXIT_LOAD_FAILED = 2
 """Exit status of an engine process whose last words were :class:`LoadFailed`."""
 
 Cost = Literal["free", "prebuilt", "catch-up", "recompute", "rebuild"]
-EngineState = Literal["starting", "loading", "ready", "failed", "restarting", "stopped"]
+EngineState = Literal["starting", "loading", "ready", "asleep", "failed", "restarting", "stopped"]
 RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Severity = Literal["info", "warning", "error"]
 
 
 class Kind(IntEnum):
@@ -201,6 +202,22 @@ class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     correlation: int
 
 
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Give the device's memory back between two steps; requests wait.
+
+    Answered by :class:`CommandDone` with the fields of ``inference_server.engine.sleeping.Freed``, or by
+    :class:`CommandFailed`.
+    """
+
+    correlation: int
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """Take the memory again and go on with the requests that wait. Answered like :class:`Sleep`."""
+
+    correlation: int
+
+
 class Ping(Message, frozen=True, tag="ping"):
     """Ask for the engine's clock. Answered by :class:`Pong`."""
 
@@ -211,7 +228,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish the current step, report running requests as failed, and exit."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | Ping | Shutdown
+ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | Sleep | Wake | Ping | Shutdown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +401,13 @@ class CommandFailed(Message, frozen=True, tag="command_failed"):
     error: str
 
 
+class Notice(Message, frozen=True, tag="notice"):
+    """Something a person should know that ends no request: ``text`` says what happened and what follows from it."""
+
+    severity: Severity
+    text: str
+
+
 class Pong(Message, frozen=True, tag="pong"):
     """The engine's clock at the moment it read a :class:`Ping`."""
 
@@ -411,6 +435,7 @@ FromEngine = (
     | FeaturesSettled
     | CommandDone
     | CommandFailed
+    | Notice
     | Pong
     | Heartbeat
 )
@@ -488,7 +513,15 @@ class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     failed_requests: int = 0
 
 
-Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents
+class NoticeEvent(Message, frozen=True, tag="notice_event"):
+    """Something a person should know: memory ran out and what was done about it, a check that failed."""
+
+    severity: Severity
+    at_ns: int
+    text: str
+
+
+Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents | NoticeEvent
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):

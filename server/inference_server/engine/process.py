@@ -34,14 +34,17 @@ from inference_server.protocol import (
     Hello,
     LoadFailed,
     LoadProgress,
+    Notice,
     Ping,
     Pong,
     Ready,
     RequestFailed,
     SetFeatures,
     Shutdown,
+    Sleep,
     Submit,
     ToEngine,
+    Wake,
 )
 
 IDLE_CHECK_SECONDS = 1.0
@@ -88,6 +91,7 @@ class EngineProcess:
         # Imported here, after the threads have said hello: torch and transformers take seconds.
         from inference_server.engine import loader  # noqa: PLC0415
         from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+        from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
         from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
@@ -144,6 +148,12 @@ class EngineProcess:
                             self._emit(CommandDone(correlation, engine.check_integrity()))
                         except AssertionError as error:
                             self._emit(CommandFailed(correlation, str(error)))
+                    case Sleep(correlation) | Wake(correlation):
+                        try:
+                            change = engine.sleep if isinstance(command, Sleep) else engine.wake
+                            self._emit(CommandDone(correlation, msgspec.to_builtins(change())))
+                        except SleepError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
                     case Shutdown():
                         for failed in engine.fail_all("the engine was stopped"):
                             self._emit(failed)
@@ -162,14 +172,16 @@ class EngineProcess:
             self.steps += 1
             if report is not None:
                 self._emit(report)
-            for each in settled:
-                self._emit(each)
+            for news in (*settled, *engine.take_news()):
+                self._emit(news)
             if not engine.has_work():
                 try:
                     engine.check_integrity()
                 except AssertionError as error:
-                    # A leak costs memory, not answers: go on serving, and leave the reason where it is looked for.
+                    # A leak costs memory, not answers: go on serving, and say it on the screen and in the log.
                     print(f"integrity check: {error}", file=sys.stderr, flush=True)
+                    text = f"The check of the KV cache's blocks found: {error}. Restart the engine to free them."
+                    self._emit(Notice("error", text))
 
     # -- private -------------------------------------------------------------------------------------------------------
 
