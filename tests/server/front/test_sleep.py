@@ -15,8 +15,14 @@ from inference_server.protocol import PROTOCOL_VERSION, NoticeEvent, ServerMessa
 
 
 def test_a_stream_waits_while_the_engine_sleeps_and_then_goes_on(front: RunningFront) -> None:
-    whole = front.client.completions.create(model="tiny-llama", prompt=[5, 6, 7], max_tokens=120, temperature=0).choices[0].text
-    stream = front.client.completions.create(model="tiny-llama", prompt=[5, 6, 7], max_tokens=120, temperature=0, stream=True)
+    whole = (
+        front.client.completions.create(model="tiny-llama", prompt=[5, 6, 7], max_tokens=120, temperature=0)
+        .choices[0]
+        .text
+    )
+    stream = front.client.completions.create(
+        model="tiny-llama", prompt=[5, 6, 7], max_tokens=120, temperature=0, stream=True
+    )
     chunks = iter(stream)
     text = next(chunks).choices[0].text
     answer = front.http.post("/engine/sleep", json={}).raise_for_status().json()
