@@ -327,7 +327,8 @@ class RequestTable:
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and send its tokens on their way. The hot path: constant work per token."""
-        self._log.append(report.step)
+        if report.step is not None:
+            self._log.append(report.step)
         if report.kv_events is not None:
             self._log.append(report.kv_events)
         for handle, cached in zip(report.started, report.cached, strict=False):
@@ -336,14 +337,14 @@ class RequestTable:
         for handle in report.started:
             self._change_state(handle, "running")
         if self._preempted:
-            for handle in self._preempted.intersection(report.step.request):
+            for handle in self._preempted.intersection(report.resumed):
                 self._preempted.discard(handle)
                 self._change_state(handle, "running")
         for handle in report.preempted:
             self._preempted.add(handle)
             self._change_state(handle, "preempted")
         tokens = report.tokens
-        outgoing = StepTokens(report.step.step, self._log, self._first_sent)
+        outgoing = StepTokens(report.step.step if report.step else 0, self._log, self._first_sent)
         at_once: list[Output] = []
         for handle, index, token_id, logprob, top, finish in zip(
             tokens.request, tokens.index, tokens.token_id, tokens.logprob, tokens.top, tokens.finish, strict=True

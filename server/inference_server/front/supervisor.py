@@ -536,6 +536,8 @@ class EngineSupervisor:
 
     def _in_front_terms(self, report: StepReport) -> StepReport:
         step = report.step
+        if step is None:
+            return report
         number, epoch, offset = step.step + self._step_base, step.epoch + self._epoch_base, self._clock.offset_ns
         self._next_step = number + 1
         if number == step.step and epoch == step.epoch and not offset:
