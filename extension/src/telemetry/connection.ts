@@ -74,6 +74,11 @@ export abstract class ConnectionBase {
     return () => this.statusListeners.delete(listener);
   }
 
+  /** Id of the recording that runs, if one does. */
+  protected activeRecording(): string | null {
+    return [...this.store.recordings.values()].findLast(each => each.state === 'recording')?.id ?? null;
+  }
+
   protected setStatus(state: ConnectionState, reason: string, retryAt: number | null = null): void {
     const before = this.status;
     if (before.state === state && before.reason === reason && before.retryAt === retryAt) {
