@@ -86,7 +86,9 @@ export class AttributionPlot extends StepPlot {
   protected draw(): string {
     const { store, trans, windowNs } = this.context;
     this.parts = partsByStep(store, windowNs);
-    this.collect(step => this.parts.get(step.event.step)?.latencyNs ?? 0);
+    // Tokens are forgotten before steps are: no bar is missing, it is only no longer known.
+    const oldest = Math.min(...this.parts.keys());
+    this.collect(step => this.parts.get(step.event.step)?.latencyNs ?? 0, oldest);
     const half = this.columnHalf();
     const found = this.shown.map(step => this.parts.get(step.event.step));
     const bottoms = found.map(() => 0);

@@ -99,7 +99,7 @@ export class Transport implements View {
       h(
         'div',
         { class: 'iw-transport-line' },
-        button('⏮', trans.__('To the beginning (Home)'), 'first', () => source.seek(source.timeline.beginNs)),
+        button('|◀', trans.__('To the beginning (Home)'), 'first', () => source.seek(source.timeline.beginNs)),
         button('◀', trans.__('One step back (comma)'), 'step-back', () => source.walk(-1)),
         this.playButton,
         button('▶|', trans.__('One step on (full stop)'), 'step-on', () => source.walk(1)),
@@ -158,7 +158,7 @@ export class Transport implements View {
     const { source } = this;
     const { timeline } = source;
     const { trans } = this.context;
-    setText(this.playButton, source.playing ? '⏸' : '▶');
+    setText(this.playButton, source.playing ? '❚❚' : '▶');
     const title = source.playing ? trans.__('Pause (space)') : trans.__('Play (space)');
     this.playButton.title = title;
     this.playButton.setAttribute('aria-label', title);
