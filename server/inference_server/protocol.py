@@ -150,6 +150,26 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
 
 
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
+    """What this machine can do at best, measured; the reference of MBU and MFU."""
+
+    device: str
+    device_name: str
+    dtype: str
+    threads: int
+    read_bytes_per_s: float
+    """Streaming read of memory much larger than any cache."""
+    copy_bytes_per_s: float
+    """Bytes read plus bytes written of a large copy."""
+    flops_per_s: float
+    """Large matrix product in ``dtype``."""
+    measured_at: str
+    """ISO 8601."""
+    seconds: float
+    """How long the measurement took."""
+    versions: dict[str, str] = {}
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to start an engine process; passed to it as JSON (``python -m inference_server.engine --config …``)."""
 
@@ -270,6 +290,21 @@ class LoadProgress(Message, frozen=True, tag="load_progress"):
     detail: str = ""
 
 
+class StepWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step has to read and compute at least, per weight, position and pair (``docs/attribution.md``)."""
+
+    body_weights: int
+    """Weights of the matrices that every position is multiplied with."""
+    body_bytes: int
+    """Everything that is read whatever the number of positions, but for the output layer."""
+    head_weights: int
+    head_bytes: int
+    embedding_row_bytes: int
+    kv_bytes_per_token: int
+    attention_flops_per_pair: int
+    """Per pair of a query and a key, in all layers."""
+
+
 class Ready(Message, frozen=True, tag="ready", kw_only=True):
     """The engine serves."""
 
@@ -280,6 +315,10 @@ class Ready(Message, frozen=True, tag="ready", kw_only=True):
     epoch: int
     load_ns: int
     """From process start to now."""
+    work: StepWork | None = None
+    """``None`` where it depends on more than the number of positions."""
+    ceilings: Ceilings | None = None
+    """Where they are known from an earlier run; else :class:`CeilingsMeasured` follows."""
 
 
 class LoadFailed(Message, frozen=True, tag="load_failed"):
@@ -379,8 +418,8 @@ class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     """For each of ``started``, how many of its prompt's positions the prefix cache supplied."""
     seeds: list[int] = []
     """For each of ``started``, the seed that its draws come from, whether the client chose it or the engine."""
-    resumed: list[int] = []
-    """Requests that were preempted before and take part in this step."""
+    begin_ns: int = 0
+    """When the step began: known even while there is no :class:`StepEvent`."""
     kv_events: KvEvents | None = None
     """``None`` when no block changed hands."""
 
@@ -443,6 +482,12 @@ class Pong(Message, frozen=True, tag="pong"):
     engine_ns: int
 
 
+class CeilingsMeasured(Message, frozen=True, tag="ceilings_measured"):
+    """The engine has measured what the machine can do at best."""
+
+    ceilings: Ceilings
+
+
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """Sent about once a second from a thread of its own, so that loading does not look like death."""
 
@@ -467,6 +512,7 @@ FromEngine = (
     | RequestCancelled
     | FeaturesApplied
     | FeaturesSettled
+    | CeilingsMeasured
     | CommandDone
     | CommandFailed
     | Pong
@@ -633,26 +679,6 @@ class TelemetryCostEvent(Message, frozen=True, tag="telemetry_cost", kw_only=Tru
     events: int
     bytes: int
     """Encoded bytes of the logged events."""
-
-
-class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine can do at best, measured; the reference of MBU and MFU."""
-
-    device: str
-    device_name: str
-    dtype: str
-    threads: int
-    read_bytes_per_s: float
-    """Streaming read of memory much larger than any cache."""
-    copy_bytes_per_s: float
-    """Bytes read plus bytes written of a large copy."""
-    flops_per_s: float
-    """Large matrix product in ``dtype``."""
-    measured_at: str
-    """ISO 8601."""
-    seconds: float
-    """How long the measurement took."""
-    versions: dict[str, str] = {}
 
 
 class CeilingsEvent(Message, frozen=True, tag="ceilings", kw_only=True):

@@ -9,6 +9,7 @@ This is the reference backend: it gathers each request's blocks and calls scaled
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -104,6 +105,8 @@ class StepContext:
     """``[D]`` their context lengths."""
     calls: int = 0
     """Attention calls so far in this step; the load-time check compares it with the number of layers."""
+    spent_ns: int = 0
+    """Time spent in these calls."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
@@ -149,6 +152,7 @@ def paged_attention(
     if _context is None:
         raise RuntimeError("paged attention was called outside a step of the engine")
     context = _context
+    begin = time.monotonic_ns()
     context.calls += 1
     sinks: Tensor | None = kwargs.get("s_aux")
     if scaling is None:
@@ -193,6 +197,7 @@ def paged_attention(
             sinks,
         )
         output[rows_] = attended[0].transpose(0, 1)
+    context.spent_ns += time.monotonic_ns() - begin
     return output.unsqueeze(0), None
 
 

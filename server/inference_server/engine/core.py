@@ -96,11 +96,13 @@ class _Flight:
 class _Phases:
     """Where the engine's time between the ends of two steps went, in nanoseconds."""
 
-    __slots__ = ("forward", "last", "prepare", "sample", "schedule", "update")
+    __slots__ = ("before", "forward", "last", "prepare", "sample", "schedule", "update")
 
-    def __init__(self) -> None:
+    def __init__(self, busy_since_ns: int) -> None:
         self.schedule = self.prepare = self.forward = self.sample = self.update = 0
         self.last = time.monotonic_ns()
+        self.before = max(self.last - busy_since_ns, 0)
+        """What the engine was busy with between the step before and this one."""
 
     def end(self, phase: str) -> int:
         """Add the time since the last call to a phase, and return now."""
@@ -178,6 +180,11 @@ class Engine:
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
+        self.telemetry_ns = 0
+        """What building telemetry has cost the engine's thread."""
+        self.busy_ns = 0
+        """What steps have cost it, all in all."""
+        self._busy_since_ns = time.monotonic_ns()
         self._flight: _Flight | None = None
         self._landed: deque[tuple[StepReport, list[FeaturesSettled]]] = deque()
 
@@ -212,7 +219,7 @@ class Engine:
         host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
-        cache.pool.events = []
+        cache.pool.events = [] if features.instrumentation == "full" else None
         return cache
 
     # -- what is served ------------------------------------------------------------------------------------------------
@@ -241,6 +248,8 @@ class Engine:
             device_name=name,
             weight_bytes=loaded.weight_bytes,
             eos_token_ids=loaded.eos_token_ids,
+            num_heads=int(getattr(loaded.config, "num_attention_heads", 0) or 0),
+            hidden_size=int(getattr(loaded.config, "hidden_size", 0) or 0),
             quantized_source=loaded.located.quantized_source,
             revision=loaded.located.revision,
             notes=loaded.located.notes,
@@ -382,6 +391,10 @@ class Engine:
         self._landed.clear()
         return failed
 
+    def woke(self) -> None:
+        """Say that the engine had nothing to do until now."""
+        self._busy_since_ns = time.monotonic_ns()
+
     def has_work(self) -> bool:
         """Whether a step has something to compute."""
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
@@ -408,6 +421,8 @@ class Engine:
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
+        if "instrumentation" in names:
+            self.cache.pool.events = [] if after.instrumentation == "full" else None
         self.epoch += bool(names)
         applied = FeaturesApplied(
             correlation=correlation,
@@ -451,7 +466,7 @@ class Engine:
             return self._landed.popleft()
         if self._replays and self._flight is None:
             return self._replay_step(), []
-        phases = _Phases()
+        phases = _Phases(self._busy_since_ns)
         begin = phases.last
         flight = self._flight or self._launch(phases)
         self._flight = None
@@ -548,10 +563,32 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         settled = self._settle(tokens.request)
-        running, waiting, usage = flight.after or self._occupancy()
-        kv_events = flight.kv_events + self._take_kv_events()
         end = phases.end("update")
-        event = StepEvent(
+        self.busy_ns += end - begin + phases.before
+        self._busy_since_ns = end
+        event = self._step_event(flight, begin, end, phases, device_ns)
+        report = StepReport(
+            step=event,
+            tokens=tokens,
+            preempted=_handles(plan.preempted),
+            started=_handles(plan.started),
+            cached=[request.cached_prompt_tokens for request in plan.started],
+            seeds=[request.seed for request in plan.started],
+            begin_ns=begin,
+            kv_events=self._kv_events(flight),
+        )
+        self.telemetry_ns += time.monotonic_ns() - end
+        return report, settled
+
+    def _step_event(
+        self, flight: _Flight, begin: int, end: int, phases: _Phases, device_ns: int | None
+    ) -> StepEvent | None:
+        if self.features.instrumentation == "off":
+            return None
+        plan = flight.plan
+        running, waiting, usage = flight.after or self._occupancy()
+        attention_ns = None if flight.fast else self.runner.attention_ns
+        return StepEvent(
             step=plan.step,
             epoch=flight.epoch,
             begin_ns=begin,
@@ -571,18 +608,15 @@ class Engine:
             kv=usage,
             idle_slots=plan.idle_slots,
             device_ns=device_ns,
+            before_ns=phases.before,
+            attention_ns=attention_ns,
         )
-        report = StepReport(
-            step=event,
-            tokens=tokens,
-            preempted=_handles(plan.preempted),
-            started=_handles(plan.started),
-            cached=[request.cached_prompt_tokens for request in plan.started],
-            kv_events=None
-            if not kv_events
-            else KvEvents(step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]),
-        )
-        return report, settled
+
+    def _kv_events(self, flight: _Flight) -> KvEvents | None:
+        events = flight.kv_events + self._take_kv_events()
+        if not events or self.features.instrumentation != "full":
+            return None
+        return KvEvents(step=flight.plan.step, op=[int(op) for op, _ in events], block=[block for _, block in events])
 
     def _occupancy(self) -> tuple[int, int, KvUsage]:
         return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
@@ -591,12 +625,15 @@ class Engine:
         """Complete a step that was launched ahead; :meth:`step` returns its report next."""
         if self._flight is not None:
             flight, self._flight = self._flight, None
-            phases = _Phases()
+            phases = _Phases(self._busy_since_ns)
             self._landed.append(self._complete(flight, phases.last, phases))
 
     def _take_kv_events(self) -> list[tuple[KvOp, int]]:
-        events, self.cache.pool.events = self.cache.pool.events, []
-        return events or []
+        pool = self.cache.pool
+        if not pool.events:
+            return []
+        events, pool.events = pool.events, []
+        return events
 
     def _remember(self, request: Request) -> None:
         if request.response_key is not None and request.finish_reason in {"stop", "length"}:
@@ -606,7 +643,8 @@ class Engine:
 
     def _replay_step(self) -> StepReport:
         """Answer everything the response cache knows, in a step that computes nothing."""
-        begin = time.monotonic_ns()
+        phases = _Phases(self._busy_since_ns)
+        begin = phases.last
         replays, self._replays = self._replays, []
         self.scheduler.step += 1
         tokens = SampledTokens(request=[], index=[], token_id=[], logprob=[], top=[], finish=[])
@@ -619,7 +657,9 @@ class Engine:
             tokens.top.extend(answer.top)
             tokens.finish.extend([None] * (count - 1) + [answer.finish])
             self.requests.pop(request.handle, None)
-        end = time.monotonic_ns()
+        end = phases.end("update")
+        self.busy_ns += end - begin + phases.before
+        self._busy_since_ns = end
         event = StepEvent(
             step=self.scheduler.step,
             epoch=self.epoch,
@@ -628,8 +668,9 @@ class Engine:
             prepare_ns=0,
             forward_ns=0,
             sample_ns=0,
-            update_ns=end - begin,
+            update_ns=phases.update,
             end_ns=end,
+            before_ns=phases.before,
             path="response cache",
             request=[],
             start=[],
@@ -640,7 +681,12 @@ class Engine:
             kv=self.cache.usage(),
         )
         return StepReport(
-            step=event, tokens=tokens, started=[request.handle for request, _ in replays], cached=[0] * len(replays)
+            step=event if self.features.instrumentation != "off" else None,
+            tokens=tokens,
+            started=[request.handle for request, _ in replays],
+            cached=[0] * len(replays),
+            seeds=[request.seed for request, _ in replays],
+            begin_ns=begin,
         )
 
     def check_integrity(self) -> dict[str, int]:

@@ -26,6 +26,8 @@ from inference_server.front.settings import Settings
 from inference_server.protocol import (
     EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
+    Ceilings,
+    CeilingsMeasured,
     CheckIntegrity,
     CommandDone,
     CommandFailed,
@@ -40,6 +42,7 @@ from inference_server.protocol import (
     Hello,
     LoadFailed,
     LoadProgress,
+    MeasureCeilings,
     Ping,
     Pong,
     Ready,
@@ -114,6 +117,12 @@ class Listener(Protocol):
     def request_cancelled(self, cancelled: RequestCancelled) -> None:
         """The engine confirmed a cancellation."""
 
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        """The engine gave its sign of life, with its counters."""
+
+    def ceilings_measured(self, ceilings: Ceilings) -> None:
+        """It became known what the machine can do at best."""
+
     def engine_lost(self, reason: str) -> int:
         """Every request in the engine is lost; end them and return how many."""
 
@@ -159,6 +168,8 @@ class EngineSupervisor:
         self._restarts = 0
         self.ready: Ready | None = None
         """What the engine said when it was ready; ``None`` whenever it is not."""
+        self.versions: dict[str, str] = {}
+        """Of the engine's libraries, as its newest process said."""
         self.event = EngineEvent(state="stopped", at_ns=time.monotonic_ns(), message="The engine was not started.")
         """The newest state."""
 
@@ -246,6 +257,16 @@ class EngineSupervisor:
         if not isinstance(answer, CommandDone):
             raise ApiError(500, "The engine answered something else than a check.")
         return answer
+
+    async def measure_ceilings(self) -> None:
+        """Let the engine measure what the machine can do at best, when it is idle; returns once it has.
+
+        Raises
+        ------
+        ApiError
+            503 or 504 if it did not answer.
+        """
+        await self._ask(lambda correlation: MeasureCeilings(correlation, again=True))
 
     async def _ask(self, command: Callable[[int], ToEngine]) -> FeaturesApplied | CommandDone:
         if self.ready is None:
@@ -425,7 +446,9 @@ class EngineSupervisor:
             case StepReport():
                 self._listener.step_report(self._in_front_terms(message))
             case Heartbeat():
-                pass
+                self._listener.heartbeat(message)
+            case CeilingsMeasured():
+                self._listener.ceilings_measured(message.ceilings)
             case Pong():
                 self._clock.sample(
                     sent_ns=message.sent_ns, engine_ns=message.engine_ns, received_ns=time.monotonic_ns()
@@ -443,6 +466,7 @@ class EngineSupervisor:
             case CommandFailed():
                 self._reject(message)
             case Hello():
+                self.versions = message.versions
                 if message.protocol != PROTOCOL_VERSION:
                     process.kill(f"it speaks protocol {message.protocol} and the server {PROTOCOL_VERSION}")
                     return
@@ -491,6 +515,8 @@ class EngineSupervisor:
                 settled_ns=now,
             )
         )
+        if ready.ceilings is not None:
+            self._listener.ceilings_measured(ready.ceilings)
         self._tell("ready", message=f"{ready.model.name} is ready ({ready.load_ns / 1e9:.1f} s).")
 
     def _features_applied(self, applied: FeaturesApplied) -> None:
@@ -535,10 +561,12 @@ class EngineSupervisor:
             future.set_exception(ApiError(422, refusal.error, code="refused"))
 
     def _in_front_terms(self, report: StepReport) -> StepReport:
-        step = report.step
+        step, offset = report.step, self._clock.offset_ns
+        if offset:
+            report = msgspec.structs.replace(report, begin_ns=report.begin_ns + offset)
         if step is None:
             return report
-        number, epoch, offset = step.step + self._step_base, step.epoch + self._epoch_base, self._clock.offset_ns
+        number, epoch = step.step + self._step_base, step.epoch + self._epoch_base
         self._next_step = number + 1
         if number == step.step and epoch == step.epoch and not offset:
             return report

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from inference_server.recording.file import finish
+from inference_server.recording.convert import finish
 from inference_server.recording.format import RecordingError
 
 _SAY_EVERY_S = 0.1

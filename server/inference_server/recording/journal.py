@@ -22,13 +22,21 @@ from typing import BinaryIO
 import msgspec
 
 from inference_server.protocol import Event, Message, SamplingParams
-from inference_server.recording.format import FORMAT_VERSION, Manifest, RecordingError, Served
+from inference_server.recording.format import (
+    FORMAT_VERSION,
+    JOURNAL_SUFFIX,
+    SUFFIX,
+    Manifest,
+    RecordingError,
+    Served,
+)
 
 MAGIC = b"\x89IWJOURNAL\r\n\x1a\n"
 _FRAME = struct.Struct("<II")
 _LONGEST_RECORD = 256 << 20
 _MOST_UNWRITTEN = 64 << 20
 """Bytes that wait for the disk before events are left out."""
+_ABANDONED_S = 3600
 _LEAST_FREE = 256 << 20
 """Bytes of free disk below which a recording ends rather than fill the disk."""
 
@@ -278,3 +286,11 @@ def is_being_written(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return the journals in a folder that nobody is writing any more, and clear away what a killed finisher left."""
+    for left in (*folder.glob(f".*{SUFFIX}.part"), *folder.glob(".iwrec-*")):
+        if left.stat().st_mtime < time.time() - _ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return [path for path in sorted(folder.glob(f"*{JOURNAL_SUFFIX}")) if not is_being_written(path)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from recorded_events import manifest, served, some_events
 
-from inference_server.recording.file import finish
+from inference_server.recording.convert import finish
 from inference_server.recording.journal import JournalServed, JournalWriter
 
 

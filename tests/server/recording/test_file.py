@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from recorded_events import BEGIN
 
-from inference_server.recording.file import RecordingFile, finish
+from inference_server.recording.convert import finish
+from inference_server.recording.file import RecordingFile
 from inference_server.recording.format import TABLES, RecordingError
 
 
