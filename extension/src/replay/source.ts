@@ -4,7 +4,7 @@
  */
 
 import { ClockOffset, pageNow } from '../telemetry/clock';
-import type { ConnectionStatus, RecordingCommand, TelemetryConnection } from '../telemetry/connection';
+import type { ConnectionStatus, TelemetryConnection } from '../telemetry/connection';
 import { RefusedError } from '../telemetry/connection';
 import { TelemetryStore } from '../telemetry/store';
 import type { Timeline } from './timeline';
@@ -187,7 +187,7 @@ export class ReplaySource implements TelemetryConnection {
     return Promise.reject(new RefusedError(REFUSAL));
   }
 
-  record(_command: RecordingCommand): Promise<void> {
+  record(): Promise<void> {
     return Promise.reject(new RefusedError(REFUSAL));
   }
 

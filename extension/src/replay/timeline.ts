@@ -266,7 +266,7 @@ export class Timeline {
       events.push({ atNs: this.stepMoments[row], order: 1, event: this.recorded.steps.event(row) });
     }
     const last = this.tokensBy(toNs);
-    for (let row = countUpTo(this.tokenMoments, fromNs); row < last; ) {
+    for (let row = countUpTo(this.tokenMoments, fromNs); row < last;) {
       const event = this.tokensEvent(row, last);
       events.push({ atNs: this.tokenMoments[row + event.request.length - 1], order: 2, event });
       row += event.request.length;

@@ -123,7 +123,13 @@ export interface StoreLimits {
   feed: number;
 }
 
-export const DEFAULT_LIMITS: StoreLimits = { steps: 20_000, tokens: 50_000, requests: 512, tokensPerRequest: 8192, feed: 500 };
+export const DEFAULT_LIMITS: StoreLimits = {
+  steps: 20_000,
+  tokens: 50_000,
+  requests: 512,
+  tokensPerRequest: 8192,
+  feed: 500
+};
 const ENDED: ReadonlySet<string> = new Set(['finished', 'cancelled', 'failed']);
 
 export function isActive(request: RequestRecord): boolean {

@@ -13,14 +13,15 @@ import type { LegendEntry, Table } from './plot';
 import { StepPlot } from './step-plot';
 import type { ViewContext } from './view';
 
-const PATTERNS: Record<Hatch, 'blank' | 'right_diagonal_line' | 'dot' | 'vertical_line' | 'horizontal_line' | 'cross'> = {
-  none: 'blank',
-  diagonal: 'right_diagonal_line',
-  dots: 'dot',
-  vertical: 'vertical_line',
-  horizontal: 'horizontal_line',
-  cross: 'cross'
-};
+const PATTERNS: Record<Hatch, 'blank' | 'right_diagonal_line' | 'dot' | 'vertical_line' | 'horizontal_line' | 'cross'> =
+  {
+    none: 'blank',
+    diagonal: 'right_diagonal_line',
+    dots: 'dot',
+    vertical: 'vertical_line',
+    horizontal: 'horizontal_line',
+    cross: 'cross'
+  };
 /** Parts that are said even when they are nothing. */
 const ALWAYS: readonly Part[] = ['forward', 'unexplained'];
 
@@ -208,4 +209,3 @@ export class AttributionPlot extends StepPlot {
       .join(', ');
   }
 }
-

@@ -26,7 +26,7 @@ export class Recorder implements View {
 
   constructor(
     private readonly context: ViewContext,
-    private readonly host: RecordingHost | null
+    private readonly host: () => RecordingHost | null
   ) {
     const { trans } = context;
     this.button = h(
@@ -41,7 +41,6 @@ export class Recorder implements View {
     );
     this.open = h('button', {
       class: 'iw-button iw-button-quiet',
-      text: host?.openLabel ?? '',
       title: trans.__('Replay the recording that was made last'),
       attrs: { type: 'button', 'data-action': 'open-recording', hidden: true },
       on: { click: () => this.openNewest() }
@@ -68,15 +67,12 @@ export class Recorder implements View {
     this.button.title = active
       ? trans.__('End the recording “%1” and turn it into a file', active.name)
       : trans.__('Record everything that happens on the server into one file');
-    this.open.hidden = !this.host || active !== null || newest?.state !== 'finished';
+    const host = this.host();
+    setText(this.open, host?.openLabel ?? '');
+    this.open.hidden = host === null || active !== null || newest?.state !== 'finished';
     let text = this.refusal;
     if (active) {
-      text = trans.__(
-        '%1 · %2 · %3 tokens',
-        clock(this.elapsedS(active)),
-        bytes(active.bytes),
-        count(active.tokens)
-      );
+      text = trans.__('%1 · %2 · %3 tokens', clock(this.elapsedS(active)), bytes(active.bytes), count(active.tokens));
     } else if (finishing) {
       text = trans.__('making the file%1', finishing.fraction === null ? '…' : ` ${percent(finishing.fraction)}`);
     } else if (!text && newest?.state === 'finished') {
@@ -120,9 +116,10 @@ export class Recorder implements View {
 
   private openNewest(): void {
     const newest = [...this.context.store.recordings.values()].findLast(each => each.state === 'finished');
-    if (newest && this.host) {
+    const host = this.host();
+    if (newest && host) {
       this.refusal = '';
-      this.host.open(newest).catch((error: unknown) => {
+      host.open(newest).catch((error: unknown) => {
         this.refusal = error instanceof Error ? error.message : String(error);
         this.update();
       });

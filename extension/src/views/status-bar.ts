@@ -64,19 +64,20 @@ export class StatusBar implements View {
         { class: 'iw-status-line' },
         this.chip,
         this.model,
-        !connection.readOnly && h(
-          'span',
-          { class: 'iw-lag' },
-          h('span', { text: trans.__('view lag') }),
-          this.lag,
-          measuredBadge(
-            trans,
-            trans.__('View lag'),
-            trans.__(
-              'Age of the newest token when it appears on this screen: time of painting minus the time the server sent it, on the server’s clock (offset estimated like NTP, from the quickest exchange). Median of the recent repaints.'
+        !connection.readOnly &&
+          h(
+            'span',
+            { class: 'iw-lag' },
+            h('span', { text: trans.__('view lag') }),
+            this.lag,
+            measuredBadge(
+              trans,
+              trans.__('View lag'),
+              trans.__(
+                'Age of the newest token when it appears on this screen: time of painting minus the time the server sent it, on the server’s clock (offset estimated like NTP, from the quickest exchange). Median of the recent repaints.'
+              )
             )
-          )
-        ),
+          ),
         recorder,
         connection.controlsEngine &&
           h('span', { class: 'iw-engine-buttons' }, this.buttons.start, this.buttons.restart, this.buttons.stop)
@@ -104,7 +105,9 @@ export class StatusBar implements View {
       level = 'off';
       text = trans.__('Recording');
       reason =
-        engine === null || engine.state === 'ready' ? '' : trans.__('At this moment: %1', describeEngine(engine, trans));
+        engine === null || engine.state === 'ready'
+          ? ''
+          : trans.__('At this moment: %1', describeEngine(engine, trans));
     } else if (!connected) {
       level = status.state === 'failed' ? 'bad' : status.state === 'closed' ? 'off' : 'busy';
       text =

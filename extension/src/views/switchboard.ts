@@ -68,8 +68,7 @@ export class Switchboard implements View {
     this.drawn = store.specs;
     this.wait.hidden = this.controls.length > 0;
     setText(this.epoch, store.features ? trans.__('epoch %1', store.features.epoch) : '');
-    const usable =
-      !connection.readOnly && connection.status.state === 'connected' && store.engine?.state === 'ready';
+    const usable = !connection.readOnly && connection.status.state === 'connected' && store.engine?.state === 'ready';
     for (const control of this.controls) {
       const { name } = control.spec;
       const pending = this.pending.has(name);

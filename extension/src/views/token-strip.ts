@@ -164,7 +164,9 @@ export class TokenStrip implements View {
         tabindex: 0,
         role: 'group',
         'aria-labelledby': titleId,
-        'aria-description': trans.__('Left and right arrow keys go from token to token, Enter asks why it took so long.')
+        'aria-description': trans.__(
+          'Left and right arrow keys go from token to token, Enter asks why it took so long.'
+        )
       }
     });
     text.append(folded);

@@ -36,7 +36,7 @@ export interface WorkbenchOptions {
   /** Seconds that figures and plots look back; 0 for everything kept. */
   windowSeconds?: number;
   /** What this page can do with a recording that was made here. */
-  recordings?: RecordingHost;
+  recordings?: () => RecordingHost | null;
   /** Shown instead of a server: a recording, moved through by its own controls. */
   replay?: { source: ReplaySource; manifest: Manifest; bytes: number };
 }
@@ -94,7 +94,7 @@ export class Workbench {
       options.replay ? REPLAY_RATE : (options.repaintRate ?? 10)
     );
     const { replay } = options;
-    const recorder = replay ? null : new Recorder(this.context, options.recordings ?? null);
+    const recorder = replay ? null : new Recorder(this.context, options.recordings ?? (() => null));
     const status = new StatusBar(this.context, () => this.loop.stats(), recorder?.element ?? null);
     const transport = replay ? new Transport(this.context, replay.source, replay.manifest, replay.bytes) : null;
     const tiles = new Tiles(this.context);
