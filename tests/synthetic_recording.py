@@ -28,7 +28,7 @@ from inference_server.protocol import (
     TelemetryCostEvent,
     TokensEvent,
 )
-from inference_server.recording.file import finish
+from inference_server.recording.convert import finish
 from inference_server.recording.format import Clock, Manifest, Served
 from inference_server.recording.journal import JournalServed, JournalWriter, RequestDetail
 
