@@ -190,7 +190,10 @@ def write_recording(
         sent = [end + draw.randrange(60_000, 300_000) for _ in running]
         since = [request.arrival_ns if request.made == 0 else request.last_ns for request in running]
         latency = [at - before for at, before in zip(sent, since, strict=True)]
-        parts = [_parts(request, running, each, forward, sample, draw) for request, each in zip(running, latency, strict=True)]
+        parts = [
+            _parts(request, running, each, forward, sample, draw)
+            for request, each in zip(running, latency, strict=True)
+        ]
         journal.add(
             TokensEvent(
                 step=step,

@@ -15,6 +15,7 @@ import msgspec
 import pandas as pd
 
 from inference_server.protocol import PARTS, Kind
+from inference_workbench.tables import rows as each_row
 
 if TYPE_CHECKING:
     from inference_workbench.recording import Recording
@@ -74,7 +75,9 @@ def _name(process: int, thread: int | None, name: str) -> Event:
     return {"ph": "M", "name": kind, "pid": process, "tid": thread or 0, "ts": 0, "args": {"name": name}}
 
 
-def _slice(clock: _Clock, process: int, thread: int, name: str, category: str, begin: float, end: float, **args: Any) -> Event:
+def _slice(
+    clock: _Clock, process: int, thread: int, name: str, category: str, begin: float, end: float, **args: Any
+) -> Event:
     start = clock(begin)
     return {
         "ph": "X",
@@ -98,7 +101,7 @@ def _steps(recording: Recording, clock: _Clock) -> Iterator[Event]:
         step: {Kind(kind).name.lower(): int(count) for kind, count in zip(rows["kind"], rows["positions"], strict=True)}
         for step, rows in kinds.groupby("step")
     }
-    for row in recording.tables["steps"].itertuples(index=False):
+    for row in each_row(recording.tables["steps"]):
         yield _slice(
             clock, ENGINE, _STEPS_TRACK, f"step {row.step}", "step", row.begin_ns, row.end_ns,
             epoch=row.epoch, path=row.path, **positions.get(row.step, {}),
@@ -124,7 +127,7 @@ def _steps(recording: Recording, clock: _Clock) -> Iterator[Event]:
 
 def _switches(recording: Recording, clock: _Clock) -> Iterator[Event]:
     told = set()
-    for row in recording.tables["features"].itertuples(index=False):
+    for row in each_row(recording.tables["features"]):
         if len(row.changed) == 0 or row.epoch in told:
             continue
         told.add(row.epoch)
@@ -144,7 +147,7 @@ def _switches(recording: Recording, clock: _Clock) -> Iterator[Event]:
 def _requests(recording: Recording, clock: _Clock) -> Iterator[Event]:
     tokens = dict(tuple(recording.tables["tokens"].groupby("request", sort=False)))
     none = recording.tables["tokens"].iloc[:0]
-    for row in recording.tables["requests"].itertuples(index=False):
+    for row in each_row(recording.tables["requests"]):
         yield _name(REQUESTS, row.request, f"#{row.request} {row.preview}".strip())
         own = tokens.get(row.request, none)
         ended = max([row.at_ns, *([int(own["sent_ns"].iloc[-1])] if len(own) else [])])
@@ -168,7 +171,7 @@ def _requests(recording: Recording, clock: _Clock) -> Iterator[Event]:
 
 def _tokens(own: pd.DataFrame, clock: _Clock, request: int) -> Iterator[Event]:
     """A slice per token but the first, from the token before to its own sending."""
-    for row in own.itertuples(index=False):
+    for row in each_row(own):
         if row.index == 0:
             continue
         parts = {f"{part}_ms": value / 1e6 for part in PARTS if (value := _or_none(getattr(row, f"{part}_ns")))}

@@ -32,7 +32,7 @@ html, body {{ margin: 0; min-height: 100%; }}
 </style>
 </head>
 <body>
-<noscript>This page replays a recording of an inference server with a script that it carries; allow scripts to see it.</noscript>
+<noscript>This page replays a recording of an inference server with a script that it carries: allow scripts.</noscript>
 <script type="text/plain" id="inference-workbench-recording">
 {data}
 </script>
@@ -59,7 +59,7 @@ def write_html(recording: Recording, path: Path) -> Path:
     for part in (script, style):
         if not part.exists():
             raise WorkbenchError(
-                f"The views' JavaScript is not built: {part} is missing. In a checkout, run: cd extension && jlpm build."
+                f"The views' JavaScript is not built: {part} is missing. In a checkout: cd extension && jlpm build."
             )
     data = base64.b64encode(recording.bytes()).decode("ascii")
     page = _PAGE.format(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import zipfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,81 +17,13 @@ import pandas as pd
 from inference_server.protocol import PARTS
 from inference_server.recording.file import RecordingFile
 from inference_server.recording.format import MANIFEST, SUFFIX, TABLES, Manifest
+from inference_workbench.tables import Tables
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _NS_PER_MS = 1e6
 _PART_COLUMNS = [f"{part}_ns" for part in PARTS]
-
-
-class Tables(Mapping[str, pd.DataFrame]):
-    """Named tables that are made when first asked for, as data frames, as Arrow, and for SQL.
-
-    Parameters
-    ----------
-    names
-        In the order in which they are listed.
-    load
-        Returns a table by its name.
-    """
-
-    def __init__(self, names: tuple[str, ...], load: Any) -> None:
-        self._names = names
-        self._load = load
-        self._arrow: dict[str, pa.Table] = {}
-        self._frames: dict[str, pd.DataFrame] = {}
-
-    def __getitem__(self, name: str) -> pd.DataFrame:
-        if name not in self._frames:
-            self._frames[name] = self.arrow(name).to_pandas()
-        return self._frames[name]
-
-    def __getattr__(self, name: str) -> pd.DataFrame:
-        if name.startswith("_") or name not in self._names:
-            raise AttributeError(f"There is no table {name!r}. The tables are {', '.join(self._names)}.")
-        return self[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._names]
-
-    def __repr__(self) -> str:
-        return f"<Tables {', '.join(self._names)}>"
-
-    def arrow(self, name: str) -> pa.Table:
-        """Return a table as Arrow has it.
-
-        Raises
-        ------
-        KeyError
-            If there is no such table.
-        """
-        if name not in self._names:
-            raise KeyError(f"There is no table {name!r}. The tables are {', '.join(self._names)}.")
-        if name not in self._arrow:
-            self._arrow[name] = self._load(name)
-        return self._arrow[name]
-
-    def sql(self, query: str) -> pd.DataFrame:
-        """Run a query of DuckDB's SQL over the tables and return its result.
-
-        >>> tables.sql("select step, count(*) as tokens from tokens group by step order by tokens desc limit 5")
-        """
-        import duckdb  # noqa: PLC0415 -- takes a while to load
-
-        connection = duckdb.connect(config={"python_enable_replacements": "false", "enable_external_access": "false"})
-        try:
-            for name in self._names:
-                connection.register(name, self.arrow(name))
-            return connection.sql(query).df()
-        finally:
-            connection.close()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -165,8 +96,9 @@ class Recording:
         Of the file.
     tables
         ``steps``, ``step_requests``, ``tokens``, ``requests``, ``request_events``, ``features``, ``kv_events``,
-        ``engine_events``, ``device``, ``device_processes``, ``telemetry_cost``: each also an attribute of the recording.
-        Columns are described in ``docs/recording-format.md``; times are nanoseconds of the server's monotonic clock.
+        ``engine_events``, ``device``, ``device_processes``, ``telemetry_cost``: each also an attribute of the
+        recording. Columns are described in ``docs/recording-format.md``; times are nanoseconds of the server's
+        monotonic clock.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -202,6 +134,7 @@ class Recording:
         first = tokens["index"].to_numpy() == 0
         sent = tokens["sent_ns"].to_numpy()
         span = (sent.max() - sent.min()) / 1e9 if len(sent) > 1 else 0.0
+        thrown = self.sql("select count(distinct epoch) as n from features where len(changed) > 0")
         known = tokens[_PART_COLUMNS].dropna()
         sums = known.sum()
         total = float(sums.sum())
@@ -216,7 +149,7 @@ class Recording:
             ttft_p95_ms=_percentile(latency[first], 95),
             itl_p50_ms=_percentile(latency[~first], 50),
             itl_p95_ms=_percentile(latency[~first], 95),
-            switches=int(self.sql("select count(distinct epoch) as n from features where len(changed) > 0")["n"].iloc[0]),
+            switches=int(thrown["n"].iloc[0]),
             parts={} if total == 0 else {part: float(sums[f"{part}_ns"]) / total for part in PARTS},
             lost_events=manifest.lost_events,
         )
@@ -266,8 +199,8 @@ class Recording:
 
     def __repr__(self) -> str:
         manifest = self.manifest
-        rows = {name: info.rows for name, info in manifest.tables.items()}
-        return f"<Recording {manifest.name!r}: {rows['requests']:,} requests, {rows['tokens']:,} tokens, {rows['steps']:,} steps>"
+        counts = ", ".join(f"{manifest.tables[name].rows:,} {name}" for name in ("requests", "tokens", "steps"))
+        return f"<Recording {manifest.name!r}: {counts}>"
 
     def _repr_html_(self) -> str:
         manifest = self.manifest
