@@ -25,7 +25,7 @@ export interface ConnectionStatus {
   retryAt: number | null;
 }
 
-export type EngineAction = 'restart' | 'stop' | 'start';
+export type EngineAction = 'restart' | 'stop' | 'start' | 'sleep' | 'wake';
 
 /** What can be asked of a server's recorder. */
 export type RecordingCommand = { action: 'start'; name?: string; note?: string } | { action: 'stop' };
