@@ -196,11 +196,16 @@ export class Timeline {
   /** Requests in each step of the recording, thinned to the largest in each of `buckets` stretches of time. */
   activity(buckets: number, byStep: boolean): Float64Array {
     const result = new Float64Array(buckets);
-    const { stepMoments, stepCount } = this;
+    const { stepCount } = this;
+    const bucket = (share: number) => Math.min(buckets - 1, Math.max(0, Math.floor(share * buckets)));
+    const ofTime = (atNs: number) => bucket((atNs - this.beginNs) / this.durationNs);
     for (let row = 0; row < stepCount; row++) {
-      const share = byStep ? row / stepCount : (stepMoments[row] - this.beginNs) / this.durationNs;
-      const at = Math.min(buckets - 1, Math.max(0, Math.floor(share * buckets)));
-      result[at] = Math.max(result[at], this.batchOf(row));
+      const { event } = this.stepRecord(row);
+      const from = byStep ? bucket(row / stepCount) : ofTime(event.begin_ns);
+      const to = byStep ? bucket((row + 1) / stepCount - 1e-9) : ofTime(event.end_ns);
+      for (let at = from; at <= to; at++) {
+        result[at] = Math.max(result[at], event.request.length);
+      }
     }
     return result;
   }
@@ -314,10 +319,6 @@ export class Timeline {
       this.stepRecords[row] = record;
     }
     return record;
-  }
-
-  private batchOf(row: number): number {
-    return this.stepRecord(row).event.request.length;
   }
 
   /** The tokens of one step from `row` on, as far as they follow one another. */

@@ -81,7 +81,7 @@ export class Recorder implements View {
       text = newest.message;
     }
     setText(this.state, text);
-    this.state.title = newest?.message ?? '';
+    this.state.title = [text, newest?.message ?? ''].filter(Boolean).join(' · ');
     this.state.classList.toggle('iw-refusal', this.refusal !== '' || newest?.state === 'failed');
   }
 
