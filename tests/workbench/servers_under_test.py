@@ -90,6 +90,7 @@ class InferenceServer:
         command += ["--model", str(self._model)]
         env = {**os.environ, "PYTHONPATH": python_path(), "INFERENCE_WORKBENCH_TOKEN": self.token}
         env["JUPYTER_RUNTIME_DIR"] = str(self.runtime)
+        env["INFERENCE_WORKBENCH_RECORDING_FOLDER"] = str(self.runtime.parent / "recordings")
         with self.log.open("a") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
 
