@@ -88,8 +88,6 @@ class Output:
     finish: FinishReason | None = None
     step: StepTokens | None = None
     place: int = 0
-    known_ns: int = 0
-    """When its text was known."""
 
     def sent(self, now_ns: int) -> None:
         """Say that the client's connection has taken it."""
@@ -381,14 +379,15 @@ class RequestTable:
                 continue  # cancelled, or ended by a stop string, while the step ran
             output = self._output(sample, index, token_id, finish)
             output.logprob, output.top = logprob, top
-            output.known_ns = time.monotonic_ns()
             outgoing.add(output)
             sample.generation.post(output)
             if not sample.generation.streaming:
                 at_once.append(output)
         outgoing.begin()
+        known_ns = time.monotonic_ns()
+        self._book.turned_into_text(received_ns, known_ns)
         for output in at_once:
-            output.sent(output.known_ns)
+            output.sent(known_ns)
 
     def _output(self, sample: Sample, index: int, token_id: int, finish: FinishReason | None) -> Output:
         assert sample.detokenizer is not None

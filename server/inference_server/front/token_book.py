@@ -54,6 +54,11 @@ class TokenBook:
             self._log.append(report.kv_events)
         self.spent_ns += time.monotonic_ns() - begin - (self._log.spent_ns - logged)
 
+    def turned_into_text(self, begin_ns: int, end_ns: int) -> None:
+        """The front was busy with a step's tokens; called before any of them is booked."""
+        if self.level == "full":
+            self._attribution.add_front_turn(begin_ns, end_ns)
+
     def tokens(self, step: StepTokens, tokens: list[SentToken]) -> None:
         """Book tokens that the clients have taken; moves each sample's clock on."""
         begin, logged = time.monotonic_ns(), self._log.spent_ns
@@ -81,7 +86,6 @@ class TokenBook:
                         submitted_ns=sample.submitted_ns if first else None,
                         started_ns=(leader.started_ns or sample.started_ns) if first else None,
                         received_ns=step.received_ns,
-                        known_ns=output.known_ns,
                     )
                 )
             sample.last_sent_ns = sent_ns

@@ -31,6 +31,7 @@ from inference_server.protocol import PARTS, Kind, StepEvent
 ) = range(len(PARTS))
 
 _REMEMBERED_STEPS = 16_384
+_REMEMBERED_TURNS = 1024
 _MEDIAN_OF = 15
 _OWN_PROMPT = (Kind.PREFILL, Kind.RECOMPUTE)
 
@@ -153,6 +154,11 @@ class Attribution:
         self._steps: deque[StepShares] = deque(maxlen=_REMEMBERED_STEPS)
         self._by_number: dict[int, StepShares] = {}
         self._count = 0
+        self._front_busy: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_TURNS)
+
+    def add_front_turn(self, begin_ns: int, end_ns: int) -> None:
+        """Take in that the front turned the tokens of one step into text from ``begin_ns`` to ``end_ns``."""
+        self._front_busy.append((begin_ns, end_ns))
 
     def add_step(self, event: StepEvent) -> None:
         """Take in a step, before any of its tokens is asked for."""
@@ -174,7 +180,6 @@ class Attribution:
         submitted_ns: int | None,
         started_ns: int | None,
         received_ns: int,
-        known_ns: int,
     ) -> list[int]:
         """Split the latency ``sent_ns - low_ns`` of one token.
 
@@ -190,8 +195,6 @@ class Attribution:
             When the request went to the engine and when its first step began; ``None`` but for the first token.
         received_ns
             When the front began with the step's tokens.
-        known_ns
-            When the token's text was known.
 
         Returns
         -------
@@ -213,10 +216,10 @@ class Attribution:
         if own is not None:
             self._add_steps(parts, own, request, leader, low, sent_ns)
             low = max(low, own.end)
-            parts[TRANSPORT] = _overlap(low, sent_ns, own.end, received_ns)
-        low = max(low, received_ns)
-        parts[DETOKENIZE] = _overlap(low, sent_ns, received_ns, known_ns)
-        parts[SEND] = _overlap(low, sent_ns, known_ns, sent_ns)
+        elif received_ns > low:
+            low = received_ns
+        if low < sent_ns:
+            self._add_way_out(parts, low, received_ns, sent_ns)
         parts[UNEXPLAINED] = latency - sum(parts)
         return parts
 
@@ -237,6 +240,22 @@ class Attribution:
             else:
                 parts[STALL] += _overlap(low, high, shares.since, shares.end)
             place -= 1
+
+    def _add_way_out(self, parts: list[int], low: int, received: int, sent: int) -> None:
+        transport = _overlap(low, sent, low, received)
+        send = sent - low - transport
+        for begin, end in reversed(self._front_busy):
+            if end <= low:
+                break
+            before, after = (
+                _overlap(low, min(sent, received), begin, end),
+                _overlap(max(low, received), sent, begin, end),
+            )
+            transport -= before
+            send -= after
+            parts[DETOKENIZE] += before + after
+        parts[TRANSPORT] = transport
+        parts[SEND] = send
 
 
 def _overlap(low: int, high: int, begin: int, end: int) -> int:

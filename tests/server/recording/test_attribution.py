@@ -76,21 +76,26 @@ def test_every_nanosecond_of_a_later_token_goes_where_looking_it_up_says(
     request = data.draw(st.sampled_from(own.request))
     low = data.draw(st.integers(0, own.end_ns + 10))
     received = own.end_ns + data.draw(st.integers(0, 9))
-    known = received + data.draw(st.integers(0, 9))
-    sent = max(known, low) + data.draw(st.integers(0, 9))
+    turns, moment = [], received - 20
+    for _ in range(data.draw(st.integers(0, 4))):
+        begin = moment + data.draw(st.integers(0, 12))
+        moment = begin + data.draw(st.integers(0, 12))
+        turns.append((begin, moment))
+        attribution.add_front_turn(begin, moment)
+    sent = max(received, low) + data.draw(st.integers(0, 20))
     parts = attribution.split(
         step=own.step, request=request, leader=request, low_ns=low, sent_ns=sent, submitted_ns=None, started_ns=None,
-        received_ns=received, known_ns=known,
+        received_ns=received,
     )  # fmt: skip
     assert sum(parts) == sent - low
     assert min(parts) >= 0
 
     expected = dict.fromkeys((*LEVELS, "stall", "transport", "detokenize", "send", "unexplained"), 0)
     for moment in range(low, sent):
-        if moment >= known:
-            expected["send"] += 1
-        elif moment >= received:
+        if moment >= own.end_ns and any(begin <= moment < end for begin, end in turns):
             expected["detokenize"] += 1
+        elif moment >= max(received, own.end_ns):
+            expected["send"] += 1
         elif moment >= own.end_ns:
             expected["transport"] += 1
         else:
@@ -118,7 +123,7 @@ def _with_steps(*events: StepEvent) -> Attribution:
 def _split(attribution: Attribution, step: StepEvent, request: int, **changes: object) -> dict[str, int]:
     given_: dict = {
         "step": step.step, "request": request, "leader": request, "low_ns": step.begin_ns, "sent_ns": step.end_ns,
-        "submitted_ns": None, "started_ns": None, "received_ns": step.end_ns, "known_ns": step.end_ns,
+        "submitted_ns": None, "started_ns": None, "received_ns": step.end_ns,
     }  # fmt: skip
     parts = attribution.split(**(given_ | changes))
     return {name: value for name, value in zip(PARTS, parts, strict=True) if value}
@@ -215,7 +220,9 @@ def test_a_token_sent_together_with_the_one_before_it_has_no_latency_and_no_part
 
 def test_a_token_whose_step_is_not_known_is_unexplained_but_for_its_way_out() -> None:
     step = step_event(1, [1], 1000)
-    found = _split(Attribution(), step, 1, received_ns=step.end_ns - 100, known_ns=step.end_ns - 90)
+    attribution = Attribution()
+    attribution.add_front_turn(step.end_ns - 100, step.end_ns - 90)
+    found = _split(attribution, step, 1, received_ns=step.end_ns - 100)
     assert found == {"unexplained": 500, "detokenize": 10, "send": 90}
 
 
