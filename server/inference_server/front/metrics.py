@@ -191,8 +191,9 @@ class Metrics:
         running = sum(state == "running" for state in states)
         yield gauge("num_requests_running", "Requests in the running batch.", running)
         yield gauge("num_requests_waiting", "Requests that wait, preempted ones included.", len(states) - running)
-        if self._kv is not None:
-            share = self._kv.used_blocks / max(self._kv.total_blocks, 1) if states else 0.0
+        if self._kv is not None or not states:  # while nothing is recorded nobody knows, but for "nothing"
+            kv = self._kv if states else None
+            share = kv.used_blocks / max(kv.total_blocks, 1) if kv is not None else 0.0
             yield gauge("kv_cache_usage_perc", "Referenced KV blocks, 1 is all.", share)
         if self._capacity is not None:
             config = GaugeMetricFamily(
