@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,13 @@ def compare(file: Path, watcher: Watcher, killed_at: float) -> Aftermath:
     )
 
 
-def kill_front(url: str, headers: dict[str, str], token: str, pid: int, folder: Path, after_s: float) -> Aftermath:
-    """Record under load, kill the front ``after_s`` seconds later, and recover the journal it left in ``folder``."""
+def kill_front(
+    url: str, headers: dict[str, str], token: str, pid: int, folder: Path, after_s: float, *, keep: Path | None = None
+) -> Aftermath:
+    """Record under load, kill the front ``after_s`` seconds later, and recover the journal it left in ``folder``.
+
+    ``keep`` gets a copy of the journal.
+    """
     client = httpx.Client(base_url=url, headers=headers, timeout=60)
     with Watcher(url, token) as watcher:
         client.post("recordings", json={"name": "crash"}).raise_for_status()
@@ -93,6 +99,9 @@ def kill_front(url: str, headers: dict[str, str], token: str, pid: int, folder: 
         client.close()
         [journal] = folder.glob("*.iwjournal")
         _wait_for_end(pid)
+        if keep is not None:
+            keep.mkdir()
+            shutil.copy(journal, keep)
         return compare(finish(journal), watcher, killed_at)
 
 
