@@ -96,14 +96,15 @@ class Metrics:
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._ended: dict[FinishReason, int] = dict.fromkeys(_REASONS, 0)
         self._kv: KvUsage | None = None
-        self._model = ""
+        self.model_name = ""
+        """What is served now."""
         self._capacity: Capacity | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Collector(self._collect))
 
     def ready(self, ready: Ready) -> None:
         """Name the model that is served from now on."""
-        self._model = ready.model.name
+        self.model_name = ready.model.name
         self._capacity = ready.capacity
         self._kv = None
 
@@ -180,7 +181,7 @@ class Metrics:
     # -- telling -----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> Iterator[Metric]:
-        labels, values = ["model_name", "engine"], [self._model, "0"]
+        labels, values = ["model_name", "engine"], [self.model_name, "0"]
 
         def gauge(name: str, text: str, value: float) -> Metric:
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=labels)

@@ -162,8 +162,18 @@ class StepTokens:
 class Generation:
     """One HTTP call: its samples and the mailbox that its handler reads."""
 
-    def __init__(self, identifier: str, preview: str, *, samples_per_prompt: int, streaming: bool) -> None:
+    def __init__(
+        self,
+        identifier: str,
+        preview: str,
+        *,
+        samples_per_prompt: int,
+        streaming: bool,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.id = identifier
+        self.headers = headers or {}
+        """Those of the call that say which trace it belongs to."""
         self.preview = preview
         self.arrival_ns = time.monotonic_ns()
         self.samples_per_prompt = samples_per_prompt
@@ -233,7 +243,16 @@ class RequestTable:
 
     # -- the life of a generation ------------------------------------------------------------------------------------
 
-    def open(self, identifier: str, preview: str, *, prompts: int, n: int, streaming: bool) -> Generation:
+    def open(
+        self,
+        identifier: str,
+        preview: str,
+        *,
+        prompts: int,
+        n: int,
+        streaming: bool,
+        headers: Mapping[str, str] | None = None,
+    ) -> Generation:
         """Register a call that just arrived: ``n`` samples for each of its prompts.
 
         Raises
@@ -248,7 +267,7 @@ class RequestTable:
                 param="request_id",
             )
         preview = " ".join(preview[: 4 * _PREVIEW_LENGTH].split())[:_PREVIEW_LENGTH]
-        generation = Generation(identifier, preview, samples_per_prompt=n, streaming=streaming)
+        generation = Generation(identifier, preview, samples_per_prompt=n, streaming=streaming, headers=headers)
         choices = prompts * n
         for choice in range(choices):
             name = identifier if choices == 1 else f"{identifier}-{choice}"

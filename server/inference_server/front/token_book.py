@@ -6,6 +6,7 @@ Nothing here is needed for an answer; what is done of it depends on the feature 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from inference_server.front.event_log import EventLog
@@ -36,6 +37,8 @@ class TokenBook:
         self.level: Instrumentation = "full"
         self.work: StepWork | None = None
         """Of the model that is served."""
+        self.on_end: Callable[[Sample], None] | None = None
+        """Gets every request that has ended, its last token sent."""
         self.spent_ns = 0
         """What booking has cost so far, without the log's own part."""
 
@@ -115,7 +118,11 @@ class TokenBook:
     def finished(self, sample: Sample) -> None:
         """The last token of a request was sent."""
         self._metrics.finished(sample)
+        if self.on_end is not None:
+            self.on_end(sample)
 
     def ended(self, sample: Sample, reason: FinishReason) -> None:
         """A request ended, however."""
         self._metrics.ended(sample, reason)
+        if self.on_end is not None and reason in {"cancelled", "error"}:
+            self.on_end(sample)

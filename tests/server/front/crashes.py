@@ -18,6 +18,7 @@ from watcher import Watcher
 from inference_server.recording.convert import finish
 from inference_server.recording.file import RecordingFile
 from inference_server.recording.format import TABLES
+from inference_server.recording.journal import is_being_written
 
 
 @dataclass
@@ -98,7 +99,7 @@ def kill_front(
         load.close()
         client.close()
         [journal] = folder.glob("*.iwjournal")
-        _wait_for_end(pid)
+        _wait_until_abandoned(journal)
         if keep is not None:
             keep.mkdir()
             shutil.copy(journal, keep)
@@ -133,14 +134,8 @@ def kill_finisher(journal: Path, after_s: float) -> Path:
     return target if target.exists() else finish(journal)
 
 
-def _wait_for_end(pid: int) -> None:
-    """A killed process holds its journal's lock until the kernel has taken it down."""
+def _wait_until_abandoned(journal: Path) -> None:
+    """A killed process holds its journal's lock until the kernel has taken down the last of its threads."""
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return
-        if state == "Z":
-            return
+    while is_being_written(journal) and time.monotonic() < deadline:
         time.sleep(0.01)
