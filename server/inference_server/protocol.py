@@ -25,9 +25,10 @@ EXIT_LOAD_FAILED = 2
 """Exit status of an engine process whose last words were :class:`LoadFailed`."""
 
 Cost = Literal["free", "prebuilt", "catch-up", "recompute", "rebuild"]
-EngineState = Literal["starting", "loading", "ready", "failed", "restarting", "stopped"]
+EngineState = Literal["starting", "loading", "ready", "asleep", "failed", "restarting", "stopped"]
 RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Severity = Literal["info", "warning", "error"]
 RecordingState = Literal["recording", "finishing", "finished", "failed"]
 Instrumentation = Literal["off", "steps", "full"]
 
@@ -247,6 +248,22 @@ class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     correlation: int
 
 
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Give the device's memory back between two steps; requests wait.
+
+    Answered by :class:`CommandDone` with the fields of ``inference_server.engine.sleeping.Freed``, or by
+    :class:`CommandFailed`.
+    """
+
+    correlation: int
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """Take the memory again and go on with the requests that wait. Answered like :class:`Sleep`."""
+
+    correlation: int
+
+
 class Ping(Message, frozen=True, tag="ping"):
     """Ask for the engine's clock. Answered by :class:`Pong`."""
 
@@ -268,7 +285,7 @@ class MeasureCeilings(Message, frozen=True, tag="measure_ceilings"):
     """Even if the figures are known from an earlier run on the same hardware and versions."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Ping | Shutdown
+ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Sleep | Wake | Ping | Shutdown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,6 +494,13 @@ class CommandFailed(Message, frozen=True, tag="command_failed"):
     error: str
 
 
+class Notice(Message, frozen=True, tag="notice"):
+    """Something a person should know that ends no request: ``text`` says what happened and what follows from it."""
+
+    severity: Severity
+    text: str
+
+
 class Pong(Message, frozen=True, tag="pong"):
     """The engine's clock at the moment it read a :class:`Ping`."""
 
@@ -517,6 +541,7 @@ FromEngine = (
     | CeilingsMeasured
     | CommandDone
     | CommandFailed
+    | Notice
     | Pong
     | Heartbeat
 )
@@ -605,6 +630,14 @@ class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     pid: int | None = None
     restarts: int = 0
     failed_requests: int = 0
+
+
+class NoticeEvent(Message, frozen=True, tag="notice_event"):
+    """Something a person should know: memory ran out and what was done about it, a check that failed."""
+
+    severity: Severity
+    at_ns: int
+    text: str
 
 
 class DeviceEvent(Message, frozen=True, tag="device", kw_only=True):
@@ -701,6 +734,7 @@ Event = (
     | RecordingEvent
     | TelemetryCostEvent
     | CeilingsEvent
+    | NoticeEvent
 )
 
 

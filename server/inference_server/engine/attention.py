@@ -50,10 +50,13 @@ class PagedKVTensors:
         ]
 
     def transfer(self, transfers: list[Transfer]) -> None:
-        """Carry out copies between blocks and to and from host memory, in the order given."""
+        """Carry out copies between blocks and to and from host memory, in the order given.
+
+        Each leaves the list once it is done, so that what is left after an error is what is still to do.
+        """
         size = self.block_size
-        for each in transfers:
-            match each:
+        while transfers:
+            match transfers[0]:
                 case Copy(source, destination):
                     for cache in (*self.keys, *self.values):
                         cache[destination * size : (destination + 1) * size] = cache[
@@ -64,10 +67,12 @@ class PagedKVTensors:
                     self._host[handle] = [cache[slots].to("cpu") for cache in (*self.keys, *self.values)]
                 case SwapIn(handle, blocks, length):
                     slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
-                    for cache, saved in zip((*self.keys, *self.values), self._host.pop(handle), strict=True):
+                    for cache, saved in zip((*self.keys, *self.values), self._host[handle], strict=True):
                         cache.index_copy_(0, slots, saved.to(self.device))
+                    del self._host[handle]
                 case SwapDiscard(handle):
                     self._host.pop(handle, None)
+            del transfers[0]
 
     @property
     def swapped_bytes(self) -> int:

@@ -20,12 +20,13 @@ from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
-from inference_server.engine.memory import available_host_bytes
+from inference_server.engine.memory import available_host_bytes, is_out_of_memory
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduler, StepPlan
+from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
@@ -40,6 +41,7 @@ from inference_server.protocol import (
     KvOp,
     KvUsage,
     ModelInfo,
+    Notice,
     RequestCancelled,
     RequestFailed,
     SampledTokens,
@@ -56,6 +58,8 @@ MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
 REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
 """Features that a request may set for itself."""
+STEPS_UNTIL_LARGER = 64
+"""After memory ran out, steps of half the size are tried again after so many without trouble."""
 CPU_KV_BYTES = 1 << 30
 """KV memory on a CPU unless told otherwise: 23,000 positions of the default model in float32."""
 
@@ -91,6 +95,36 @@ class _Flight:
     """The scheduler knows what the step computes; only its tokens are missing."""
     after: tuple[int, int, KvUsage] | None = None
     """Running and waiting requests and the KV cache after the step, where the next one was scheduled since."""
+
+
+class _MemoryLimit:
+    """How many positions a step may have, where memory ran out not long ago."""
+
+    __slots__ = ("_calm", "most")
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self._calm = 0
+
+    def apply(self, features: Features) -> Features:
+        """The features with a budget that fits into memory."""
+        if self.most is None:
+            return features
+        if self.most >= features.max_num_batched_tokens:
+            self.most = None
+            return features
+        return msgspec.structs.replace(features, max_num_batched_tokens=self.most)
+
+    def shrink(self, tokens: int) -> None:
+        """A step of ``tokens`` positions was too much."""
+        self.most, self._calm = max(tokens // 2, 1), 0
+
+    def succeeded(self) -> None:
+        """A step fitted; after some of these a larger one is tried."""
+        if self.most is not None:
+            self._calm += 1
+            if self._calm >= STEPS_UNTIL_LARGER:
+                self.most, self._calm = 2 * self.most, 0
 
 
 class _Phases:
@@ -187,6 +221,11 @@ class Engine:
         self._busy_since_ns = time.monotonic_ns()
         self._flight: _Flight | None = None
         self._landed: deque[tuple[StepReport, list[FeaturesSettled]]] = deque()
+        self._sleeper = Sleeper(loaded.device)
+        self.asleep = False
+        """Its memory was given back; requests wait."""
+        self._memory = _MemoryLimit()
+        self._news: list[Notice | RequestFailed] = []
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress) -> Engine:
@@ -397,7 +436,54 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step has something to compute."""
+        if self.asleep:
+            return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
+
+    def take_news(self) -> list[Notice | RequestFailed]:
+        """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
+        news, self._news = self._news, []
+        return news
+
+    # -- sleep ---------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> Freed:
+        """Give the device's memory back between two steps: weights go to the host, keys and values are dropped.
+
+        Running requests keep their place and what they have said; they are computed again after :meth:`wake`.
+
+        Raises
+        ------
+        SleepError
+            If it sleeps already, or the host cannot hold the weights.
+        """
+        if self.asleep:
+            raise SleepError("The engine is asleep already; wake it to use it.")
+        stopwatch = Stopwatch(self._sleeper)
+        self._land()
+        tensors = self.runner.tensors
+        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
+        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values])
+        self._restart_cache(self.features)
+        if self.gpu is not None:
+            self.gpu.forget_graphs()
+        self.asleep = True
+        return stopwatch.result(host_bytes, len(self.requests))
+
+    def wake(self) -> Freed:
+        """Take the memory again and go on.
+
+        Raises
+        ------
+        SleepError
+            If it is not asleep, or the device's memory was taken meanwhile; then it stays asleep.
+        """
+        if not self.asleep:
+            raise SleepError("The engine is not asleep.")
+        stopwatch = Stopwatch(self._sleeper)
+        self._sleeper.restore()
+        self.asleep = False
+        return stopwatch.result(0, len(self.requests))
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
@@ -504,21 +590,36 @@ class Engine:
     def _launch(self, phases: _Phases) -> _Flight | None:
         """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
         features = self.features
-        if not self.scheduler.has_work():
-            return None
-        plan = self.scheduler.schedule(features)
-        if not plan.items:
-            self.cache.transfers[:0] = plan.transfers
-            return None
-        events = self._take_kv_events()
-        phases.end("schedule")
-        runner = self._runner(features)
-        if self.gpu is not None:
-            self.gpu.use_graphs = features.cuda_graphs
-        packed = runner.prepare(plan)
-        phases.end("prepare")
-        logits = runner.forward(plan, packed)
-        phases.end("forward")
+        events: list[tuple[KvOp, int]] = []
+        started: list[Request] = []
+        preempted: list[Request] = []
+        while True:
+            if not self.scheduler.has_work():
+                return None
+            plan = self.scheduler.schedule(self._memory.apply(features))
+            if not plan.items:
+                self.cache.transfers[:0] = plan.transfers
+                return None
+            events += self._take_kv_events()
+            phases.end("schedule")
+            plan.started[:0], plan.preempted[:0] = started, preempted
+            runner = self._runner(features)
+            if self.gpu is not None:
+                self.gpu.use_graphs = features.cuda_graphs
+            try:
+                packed = runner.prepare(plan)
+                phases.end("prepare")
+                logits = runner.forward(plan, packed)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._shrink(plan, features, error)
+            else:
+                break
+            finally:
+                phases.end("forward")
+            started, preempted = plan.started, plan.preempted
+        self._memory.succeeded()
         return _Flight(
             plan=plan,
             features=features,
@@ -531,6 +632,46 @@ class Engine:
             kv_events=events,
         )
 
+    def _shrink(self, plan: StepPlan, features: Features, error: Exception) -> None:
+        """Memory ran out while a step was launched: see that the next attempt needs less.
+
+        Nothing of the step was booked, so its positions are simply planned again, fewer at once. A request that
+        needs too much all by itself is ended.
+        """
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.cache.transfers[:0] = plan.transfers  # those not done yet
+        self.scheduler.step -= 1  # a step number met twice tells the runners to forget what they noted for it
+        tokens, first = plan.num_tokens, plan.items[0]
+        divisible = len(plan.items) > 1 or (first.count > 1 and plan.use_cache and features.chunked_prefill)
+        if divisible:
+            self._memory.shrink(tokens)
+            self._news.append(
+                Notice(
+                    "warning",
+                    f"Memory ran out in a step of {tokens} positions; no request is lost. Steps have at most "
+                    f"{self._memory.most} positions for now. Smaller max_num_batched_tokens or max_num_seqs avoid it.",
+                )
+            )
+            return
+        handle = first.request.handle
+        cure = (
+            "switch chunked_prefill on, or shorten the prompt"
+            if first.count > 1 and plan.use_cache
+            else "switch kv_cache on, or shorten the prompt"
+            if first.count > 1
+            else "give the engine less KV memory (--kv-memory), which leaves more for computing"
+        )
+        self.cancel(handle)
+        self._news.append(
+            RequestFailed(
+                handle,
+                f"memory ran out computing {first.count} positions of this request at once, which cannot be divided: "
+                f"{cure} ({str(error).splitlines()[0]})",
+                "capacity",
+            )
+        )
+
     def _complete(self, flight: _Flight, begin: int, phases: _Phases) -> tuple[StepReport, list[FeaturesSettled]]:
         """Choose the tokens of a launched step, book them, and report it."""
         plan, pending = flight.plan, flight.greedy
@@ -541,7 +682,7 @@ class Engine:
             phases.end("forward")
         # A request may have ended since the step was launched: by a stop token of the step before, or cancelled.
         alive = [row for row, request in enumerate(flight.sampling) if request.finish_reason is None]
-        sampled = sampler.sample(flight.logits, flight.sampling, greedy=pending)
+        sampled = _sample(flight.logits, flight.sampling, pending)
         phases.end("sample")
         if not flight.booked:
             self.scheduler.book(plan, flight.features)
@@ -734,6 +875,24 @@ def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str,
             )
         )
     return tuple(specs)
+
+
+def _sample(logits: Tensor, requests: list[Request], greedy: Tokens | None) -> sampler.Sampled:
+    """Choose a token for each row; where memory runs out, for half of the rows at a time."""
+    try:
+        return sampler.sample(logits, requests, greedy=greedy)
+    except Exception as error:
+        if len(requests) < 2 or not is_out_of_memory(error):
+            raise
+        if logits.device.type == "cuda":
+            torch.cuda.empty_cache()
+    half = len(requests) // 2
+    parts = (_sample(logits[:half], requests[:half], None), _sample(logits[half:], requests[half:], None))
+    return sampler.Sampled(
+        tokens=parts[0].tokens + parts[1].tokens,
+        logprobs=parts[0].logprobs + parts[1].logprobs,
+        top=parts[0].top + parts[1].top,
+    )
 
 
 def _handles(requests: list[Request]) -> list[int]:

@@ -37,15 +37,18 @@ from inference_server.protocol import (
     LoadFailed,
     LoadProgress,
     MeasureCeilings,
+    Notice,
     Ping,
     Pong,
     Ready,
     RequestFailed,
     SetFeatures,
     Shutdown,
+    Sleep,
     StepReport,
     Submit,
     ToEngine,
+    Wake,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +105,7 @@ class EngineProcess:
         # Imported here, after the threads have said hello: torch and transformers take seconds.
         from inference_server.engine import calibration, loader  # noqa: PLC0415
         from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+        from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
         from inference_server.engine.work import step_work  # noqa: PLC0415
         from inference_server.models.errors import ModelError  # noqa: PLC0415
 
@@ -172,6 +176,14 @@ class EngineProcess:
                             self._emit(CommandDone(correlation, engine.check_integrity()))
                         except AssertionError as error:
                             self._emit(CommandFailed(correlation, str(error)))
+                    case Sleep(correlation) | Wake(correlation):
+                        try:
+                            change = engine.sleep if isinstance(command, Sleep) else engine.wake
+                            self._emit(CommandDone(correlation, msgspec.to_builtins(change())))
+                        except SleepError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
+                    case MeasureCeilings(correlation, _) if engine.asleep:
+                        self._emit(CommandFailed(correlation, "The engine is asleep; wake it to measure the machine."))
                     case MeasureCeilings(correlation, again):
                         self._asked_to_calibrate.append(correlation)
                         if again or calibration.remembered(key) is None:
@@ -183,7 +195,7 @@ class EngineProcess:
                     case Ping():
                         pass  # answered by the receiver thread, which is never busy
             if not engine.has_work():
-                if not commands:
+                if not commands and not engine.asleep:  # it would take memory that was given back
                     self._advance_calibration()
                 continue
             self._idle_since = time.monotonic()
@@ -197,14 +209,16 @@ class EngineProcess:
             self.steps += 1
             if report is not None:
                 self._emit(report)
-            for each in settled:
-                self._emit(each)
+            for news in (*settled, *engine.take_news()):
+                self._emit(news)
             if not engine.has_work():
                 try:
                     engine.check_integrity()
                 except AssertionError as error:
-                    # A leak costs memory, not answers: go on serving, and leave the reason where it is looked for.
+                    # A leak costs memory, not answers: go on serving, and say it on the screen and in the log.
                     print(f"integrity check: {error}", file=sys.stderr, flush=True)
+                    text = f"The check of the KV cache's blocks found: {error}. Restart the engine to free them."
+                    self._emit(Notice("error", text))
 
     # -- private -------------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,7 @@ from inference_server.protocol import (
     FeaturesEvent,
     Heartbeat,
     Instrumentation,
+    NoticeEvent,
     Ready,
     RequestCancelled,
     RequestFailed,
@@ -177,6 +178,11 @@ class Front:
         event = self.log.features
         if event is not None and event.epoch == epoch and event.settled_ns is None:
             self.log.append(msgspec.structs.replace(event, settled_ns=settled_ns))
+
+    def notice(self, event: NoticeEvent) -> None:
+        """Log something that a person should know."""
+        self.log.append(event)
+        _log.warning("notice of the engine", severity=event.severity, text=event.text)
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""

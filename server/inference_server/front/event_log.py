@@ -18,6 +18,7 @@ from inference_server.protocol import (
     EngineEvent,
     Event,
     FeaturesEvent,
+    NoticeEvent,
     RecordingEvent,
     RequestEvent,
     RequestState,
@@ -39,7 +40,7 @@ class Entry:
     position: int
     encoded: msgspec.Raw
     is_history: bool
-    """A step or its tokens, as opposed to a change of state."""
+    """A step, its tokens or a notice, as opposed to a change of state."""
     size: int
     """Encoded bytes."""
 
@@ -129,7 +130,7 @@ class EventLog:
         entry = Entry(
             position=self._next,
             encoded=msgspec.Raw(encoded),
-            is_history=isinstance(event, StepEvent | TokensEvent),
+            is_history=isinstance(event, StepEvent | TokensEvent | NoticeEvent),
             size=len(encoded),
         )
         self._next += 1

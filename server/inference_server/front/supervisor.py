@@ -43,6 +43,8 @@ from inference_server.protocol import (
     LoadFailed,
     LoadProgress,
     MeasureCeilings,
+    Notice,
+    NoticeEvent,
     Ping,
     Pong,
     Ready,
@@ -50,8 +52,10 @@ from inference_server.protocol import (
     RequestFailed,
     SetFeatures,
     Shutdown,
+    Sleep,
     StepReport,
     ToEngine,
+    Wake,
 )
 
 _log = structlog.get_logger(__name__)
@@ -107,6 +111,9 @@ class Listener(Protocol):
 
     def features_settled(self, epoch: int, settled_ns: int) -> None:
         """The requests that a switch interrupted have all gone on."""
+
+    def notice(self, event: NoticeEvent) -> None:
+        """The engine has something to say to a person."""
 
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
@@ -180,6 +187,8 @@ class EngineSupervisor:
         async with self._lock:
             if self._runner is not None and not self._runner.done():
                 if model is None or model == self._config.model:
+                    if self.event.state == "asleep":
+                        await self._wake()
                     return
                 await self._halt("The engine was stopped to load another model.")
             self._launch(model)
@@ -189,6 +198,37 @@ class EngineSupervisor:
         async with self._lock:
             await self._halt("The engine was stopped.")
             self._tell("stopped", message="The engine was stopped; start it again to use it.")
+
+    async def sleep(self) -> CommandDone:
+        """Let the engine give the device's memory back and keep its requests.
+
+        Raises
+        ------
+        ApiError
+            409 or 422 with the reason if it cannot; 503 or 504 if it did not answer.
+        """
+        async with self._lock:
+            answer = await self._done(Sleep)
+            freed, waiting = answer.result["device_bytes"], answer.result["requests"]
+            requests = "No request waits." if not waiting else f"{waiting} requests wait and will go on."
+            self._tell("asleep", message=f"Asleep: {freed / 1e9:.2f} GB were given back. {requests} Wake it to use it.")
+            return answer
+
+    async def wake(self) -> CommandDone:
+        """Let a sleeping engine go on.
+
+        Raises
+        ------
+        ApiError
+            As :meth:`sleep`.
+        """
+        async with self._lock:
+            return await self._wake()
+
+    async def _wake(self) -> CommandDone:
+        answer = await self._done(Wake)
+        self._tell("ready", message=f"Awake after {answer.result['duration_ns'] / 1e9:.2f} s.")
+        return answer
 
     async def restart(self, *, model: str | None = None) -> None:
         """Stop and start. Requests in the engine fail."""
@@ -225,6 +265,8 @@ class EngineSupervisor:
                     "Try again when it is.",
                     code="engine_loading",
                 ) from None
+        if self.event.state == "asleep":
+            raise ApiError(503, f"The engine is asleep. {self.event.message}", code="engine_asleep")
         return self.ready
 
     def send(self, command: ToEngine) -> None:
@@ -253,9 +295,12 @@ class EngineSupervisor:
         ApiError
             422 with what is wrong; 503 or 504 if it did not answer.
         """
-        answer = await self._ask(CheckIntegrity)
+        return await self._done(CheckIntegrity)
+
+    async def _done(self, command: Callable[[int], ToEngine]) -> CommandDone:
+        answer = await self._ask(command)
         if not isinstance(answer, CommandDone):
-            raise ApiError(500, "The engine answered something else than a check.")
+            raise ApiError(500, f"The engine answered something else than {command}.")
         return answer
 
     async def measure_ceilings(self) -> None:
@@ -465,6 +510,8 @@ class EngineSupervisor:
                 self._resolve(message.correlation, message)
             case CommandFailed():
                 self._reject(message)
+            case Notice(severity, text):
+                self._listener.notice(NoticeEvent(severity, time.monotonic_ns(), text))
             case Hello():
                 self.versions = message.versions
                 if message.protocol != PROTOCOL_VERSION:
