@@ -164,6 +164,7 @@ class Front:
     def engine_event(self, event: EngineEvent) -> None:
         """Log a change of the engine."""
         self.log.append(event)
+        self.book.engine_event(event)
         if self._on_engine_event is not None:
             self._on_engine_event(event)
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from inference_server.front.event_log import EventLog
 from inference_server.front.metrics import Metrics
-from inference_server.protocol import PARTS, FinishReason, Instrumentation, StepReport, StepWork, TokensEvent
+from inference_server.protocol import (
+    PARTS,
+    EngineEvent,
+    FinishReason,
+    Instrumentation,
+    StepReport,
+    StepWork,
+    TokensEvent,
+)
 from inference_server.recording.attribution import Attribution
 from inference_server.recording.work import with_work
 
@@ -39,6 +47,7 @@ class TokenBook:
         """Of the model that is served."""
         self.on_end: Callable[[Sample], None] | None = None
         """Gets every request that has ended, its last token sent."""
+        self._asleep_since_ns: int | None = None
         self.spent_ns = 0
         """What booking has cost so far, without the log's own part."""
 
@@ -56,6 +65,14 @@ class TokenBook:
         if report.kv_events is not None:
             self._log.append(report.kv_events)
         self.spent_ns += time.monotonic_ns() - begin - (self._log.spent_ns - logged)
+
+    def engine_event(self, event: EngineEvent) -> None:
+        """The engine changed state: while it sleeps, its requests stall."""
+        if event.state == "asleep":
+            self._asleep_since_ns = self._asleep_since_ns or event.at_ns
+        elif self._asleep_since_ns is not None:
+            self._attribution.add_pause(self._asleep_since_ns, event.at_ns)
+            self._asleep_since_ns = None
 
     def turned_into_text(self, begin_ns: int, end_ns: int) -> None:
         """The front was busy with a step's tokens; called before any of them is booked."""

@@ -32,6 +32,7 @@ from inference_server.protocol import PARTS, Kind, StepEvent
 
 _REMEMBERED_STEPS = 16_384
 _REMEMBERED_TURNS = 1024
+_REMEMBERED_PAUSES = 64
 _MEDIAN_OF = 15
 _OWN_PROMPT = (Kind.PREFILL, Kind.RECOMPUTE)
 
@@ -155,10 +156,15 @@ class Attribution:
         self._by_number: dict[int, StepShares] = {}
         self._count = 0
         self._front_busy: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_TURNS)
+        self._pauses: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_PAUSES)
 
     def add_front_turn(self, begin_ns: int, end_ns: int) -> None:
         """Take in that the front turned the tokens of one step into text from ``begin_ns`` to ``end_ns``."""
         self._front_busy.append((begin_ns, end_ns))
+
+    def add_pause(self, begin_ns: int, end_ns: int) -> None:
+        """Take in that the engine was asleep, holding its requests, from ``begin_ns`` to ``end_ns``."""
+        self._pauses.append((begin_ns, end_ns))
 
     def add_step(self, event: StepEvent) -> None:
         """Take in a step, before any of its tokens is asked for."""
@@ -215,6 +221,8 @@ class Attribution:
         own = self._by_number.get(step)
         if own is not None:
             self._add_steps(parts, own, request, leader, low, sent_ns)
+            for begin, end in self._pauses:
+                parts[STALL] += _overlap(low, min(sent_ns, own.begin), begin, end)
             low = max(low, own.end)
         elif received_ns > low:
             low = received_ns

@@ -188,6 +188,15 @@ def test_a_preempted_request_stalls_while_others_run_and_recomputes_when_it_is_b
     assert found["unexplained"] == 3 * 400, "gaps between steps that nobody measured"
 
 
+def test_while_the_engine_sleeps_its_requests_stall() -> None:
+    before, after = step_event(1, [1], 1000), step_event(2, [1], 9000)
+    attribution = _with_steps(before, after)
+    attribution.add_pause(1700, 8900)
+    found = _split(attribution, after, 1, low_ns=1650)
+    assert found["stall"] == 7200
+    assert found["unexplained"] == 50 + 100
+
+
 def test_samples_of_one_prompt_count_the_steps_that_computed_it_as_their_own() -> None:
     prompt = step_event(1, [1], 1000, kind=[0], scheduled=[8])
     forked = step_event(2, [1, 2], 2000)
