@@ -218,17 +218,22 @@ class Attribution:
             if started_ns is not None:
                 parts[QUEUE] = _overlap(low, sent_ns, low, started_ns)
                 low = max(low, started_ns)
+        begun = low
         own = self._by_number.get(step)
         if own is not None:
             self._add_steps(parts, own, request, leader, low, sent_ns)
-            for begin, end in self._pauses:
-                parts[STALL] += _overlap(low, min(sent_ns, own.begin), begin, end)
             low = max(low, own.end)
         elif received_ns > low:
             low = received_ns
         if low < sent_ns:
             self._add_way_out(parts, low, received_ns, sent_ns)
-        parts[UNEXPLAINED] = latency - sum(parts)
+        unexplained = latency - sum(parts)
+        for begin, end in self._pauses:
+            # The front hears of a wake a moment later than the engine goes on: never more than what is left.
+            paused = min(unexplained, _overlap(begun, sent_ns, begin, end))
+            parts[STALL] += paused
+            unexplained -= paused
+        parts[UNEXPLAINED] = unexplained
         return parts
 
     def _add_steps(self, parts: list[int], own: StepShares, request: int, leader: int, low: int, high: int) -> None:
