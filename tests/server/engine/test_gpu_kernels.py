@@ -166,13 +166,18 @@ def test_decode_attention_over_scattered_blocks_agrees_with_float64(
         out = torch.full((len(qkv), case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
         positions = torch.tensor([*(length - 1 for length in lengths), -1], device=DEVICE, dtype=torch.int32)
         seats = torch.tensor([*range(len(lengths)), -1], device=DEVICE, dtype=torch.int32)
+        # The same projection whole, and in parts that the kernel adds, its rows started in another order.
+        part = torch.randn_like(qkv, dtype=torch.float32)
+        given = qkv if splits == 1 else torch.stack([qkv.float() - part, part])
+        order = None if splits == 1 else torch.randperm(len(qkv)).to(DEVICE, torch.int32)
         count = len(qkv) * case.kv
         counters = torch.zeros(count, dtype=torch.int32, device=DEVICE)
         scratch = count * splits * kernels.padded_group(case.heads // case.kv)
         kernels.attend_decode(
-            qkv, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
+            given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
             out, torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
             scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits, block=16,
+            order=order,
         )  # fmt: skip
         q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
         for row, length in enumerate(lengths):

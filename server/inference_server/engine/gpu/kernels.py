@@ -46,7 +46,7 @@ def compiling() -> Iterator[None]:
         _compiling = False
 
 
-def _start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What launches ``kernel`` on ``grid``, or only compiles it."""
     if _compiling:
         return partial(kernel.run, grid=grid, warmup=True)
@@ -191,7 +191,7 @@ def gemv(
     """
     n, k = weight.shape
     rows, columns, warps = tile or gemv_tile(n, k)
-    _start(_gemv_kernel, (triton.cdiv(n, rows),))(
+    start(_gemv_kernel, (triton.cdiv(n, rows),))(
         x,
         gain,
         weight,
@@ -206,7 +206,7 @@ def gemv(
         columns,
         pdl,
         num_warps=warps,
-        **_launch(pdl),
+        **launch_options(pdl),
     )
 
 
@@ -217,8 +217,8 @@ def gemv_gate_up(
     n, k = weight.shape[0] // 2, weight.shape[1]
     rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
-    _start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
-        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **_launch(pdl)
+    start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
+        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **launch_options(pdl)
     )
 
 
@@ -241,14 +241,14 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     """``residual[row] = table[ids[row]]``; an id of −1 stands for the token last chosen for the row's seat."""
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
-    _start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
-        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
+    start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
+        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **launch_options(pdl)
     )
 
 
 @triton.jit
 def _norm_kernel(
-    residual, delta, gain, out, select, HIDDEN: tl.constexpr, eps, ADD: tl.constexpr, SELECT: tl.constexpr,
+    residual, delta, gain, out, select, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, SELECT: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -259,10 +259,10 @@ def _norm_kernel(
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
     x = tl.load(residual + source * HIDDEN + column, mask=mask, other=0.0)
-    if ADD:
-        x += tl.load(delta + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
-        if not SELECT:
-            tl.store(residual + source * HIDDEN + column, x, mask=mask)
+    for part in tl.static_range(PARTS):
+        x += tl.load(delta + part * apart + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0 and not SELECT:
+        tl.store(residual + source * HIDDEN + column, x, mask=mask)
     factor = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     y = x * factor * tl.load(gain + column, mask=mask, other=0.0)
     tl.store(out + row * HIDDEN + column, y.to(out.dtype.element_ty), mask=mask)
@@ -278,15 +278,17 @@ def add_norm(
     select: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """``residual += delta``, and its RMS norm into ``out``.
+    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first.
 
     With ``select`` only these rows are normalized, and the sum is not kept.
     """
     rows, hidden = out.shape
     block = triton.next_power_of_2(hidden)
-    _start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, hidden, eps, delta is not None, select is not None, block, pdl,
-        num_warps=8 if block >= 4096 else 4, **_launch(pdl),
+    parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
+    apart = residual.shape[0] * hidden
+    start(_norm_kernel, (rows,))(
+        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
+        num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -305,20 +307,29 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     """``out = silu(gate) * up`` for ``both`` ``[T, 2 W]``, gate before up."""
     rows, width = out.shape
     block = min(triton.next_power_of_2(width), 1024)
-    _start(_silu_kernel, (rows, triton.cdiv(width, block)))(both, out, width, block, pdl, num_warps=4, **_launch(pdl))
+    start(_silu_kernel, (rows, triton.cdiv(width, block)))(
+        both, out, width, block, pdl, num_warps=4, **launch_options(pdl)
+    )
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, BIAS: tl.constexpr,
-             NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
-    """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32."""
+def _rotated(base, apart, bias, gain, heads, position, cos, sin, eps, PARTS: tl.constexpr, D: tl.constexpr,
+             BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
+    """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32.
+
+    The projection is the sum of ``PARTS``, that lie ``apart`` from one another.
+    """
     d = tl.arange(0, D)
     other = (d + D // 2) % D
     x = tl.load(base + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(base + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        more = base + part * apart
+        x += tl.load(more + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(more + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
         y += tl.load(bias + heads[:, None] * D + other[None, :], mask=mask, other=0.0)
@@ -336,10 +347,11 @@ def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_decode_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
-    scale, eps, table_width, block_size,
+    qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
+    scale, eps, table_width, block_size, apart,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -347,6 +359,9 @@ def _attend_decode_kernel(
     split = tl.program_id(2)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     _wait(PDL)
+    if ORDERED:
+        # The longest contexts first: programs that start last decide when all are done.
+        row = tl.load(order + row)
     position = tl.load(positions + row)
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
@@ -368,7 +383,8 @@ def _attend_decode_kernel(
             stop = tl.minimum(begin + share, position)
             base = qkv + row * ((H + 2 * KV) * D)
             table = tables + tl.load(seats + row) * table_width
-            q = _rotated(base, bias, q_gain, head * G + g, position, cos, sin, eps, D, BIAS, NORM, ROTATE, own)
+            q = _rotated(base, apart, bias, q_gain, head * G + g, position, cos, sin, eps, PARTS, D, BIAS, NORM, ROTATE,
+                         own)  # fmt: skip
             q = (q * (scale * LOG2E)).to(keys.dtype.element_ty)
             if WIDE:
                 q = q.to(tl.float32)
@@ -397,9 +413,11 @@ def _attend_decode_kernel(
                 largest = peak
             if split == active - 1:
                 one = tl.arange(0, 1)
-                k_new = _rotated(base, bias, k_gain, H + head + one, position, cos, sin, eps, D, BIAS, NORM, ROTATE,
-                                 (one == 0)[:, None])  # fmt: skip
+                k_new = _rotated(base, apart, bias, k_gain, H + head + one, position, cos, sin, eps, PARTS, D, BIAS, NORM,
+                                 ROTATE, (one == 0)[:, None])  # fmt: skip
                 v_new = tl.load(base + (H + KV + head) * D + d).to(tl.float32)
+                for part in tl.static_range(1, PARTS):
+                    v_new += tl.load(base + part * apart + (H + KV + head) * D + d).to(tl.float32)
                 if BIAS:
                     v_new += tl.load(bias + (H + KV + head) * D + d)
                 k_new = tl.reshape(k_new, (D,)).to(keys.dtype.element_ty)
@@ -457,10 +475,10 @@ def _rotate_write_kernel(
         here = (block * block_size + position % block_size) * (KV * D)
         h = tl.arange(0, HP)
         mask = (h < H)[:, None]
-        q = _rotated(base, bias, q_gain, h, position, cos, sin, eps, D, BIAS, NORM, ROTATE, mask)
+        q = _rotated(base, 0, bias, q_gain, h, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, mask)
         j = tl.arange(0, KP)
         owned = (j < KV)[:, None]
-        k = _rotated(base, bias, k_gain, H + j, position, cos, sin, eps, D, BIAS, NORM, ROTATE, owned)
+        k = _rotated(base, 0, bias, k_gain, H + j, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, owned)
         v = tl.load(base + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0).to(tl.float32)
         if BIAS:
             v += tl.load(bias + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0)
@@ -582,10 +600,10 @@ def argmax(
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, ARGMAX_BLOCK)
-    _start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
-                                        **_launch(pdl))  # fmt: skip
-    _start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
-                            **_launch(pdl))  # fmt: skip
+    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
+                                        **launch_options(pdl))  # fmt: skip
+    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
+                            **launch_options(pdl))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -598,10 +616,10 @@ def _scatter_kernel(target, where, what, count, BLOCK: tl.constexpr):
 def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     """``target.view(-1)[where] = what``, all int32."""
     count = where.numel()
-    _start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
+    start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
 
 
-def _launch(pdl: bool) -> dict[str, Any]:
+def launch_options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
 
@@ -633,6 +651,7 @@ def attend_decode(
     window: int,
     rotate: bool,
     splits: int,
+    order: Tensor | None = None,
     block: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
@@ -643,7 +662,7 @@ def attend_decode(
     Parameters
     ----------
     qkv : Tensor
-        ``[B, (H + 2 KV) D]`` as projected.
+        ``[B, (H + 2 KV) D]`` as projected, or ``[parts, B, (H + 2 KV) D]`` still to be summed.
     positions, seats : Tensor
         int32 ``[B]``.
     tables : Tensor
@@ -655,20 +674,23 @@ def attend_decode(
     partial, state, counters : Tensor
         Scratch: ``B · KV · splits · GP`` heads (GP: query heads per KV head, at least 16) of D, of 2 (float32), and
         ``B · KV`` int32 that are 0 between calls.
+    order : Tensor, optional
+        int32 ``[B]``: the rows in the order in which to start them.
     """
     kv, d = keys.shape[1], keys.shape[2]
-    h = out.shape[1] // d
+    rows, h = out.shape[0], out.shape[1] // d
+    parts = qkv.shape[0] if qkv.dim() == 3 else 1
     if block is None:  # by measurement (docs/gpu-performance.md)
-        block = 64 if qkv.shape[0] < 16 or keys.dtype == torch.float32 else 128
-    warps = warps or (8 if block == 128 and qkv.shape[0] < 128 else 4)
+        block = 64 if rows < 16 or keys.dtype == torch.float32 else 128
+    warps = warps or (8 if block == 128 and rows < 128 else 4)
     stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
-    _start(_attend_decode_kernel, (qkv.shape[0], kv, splits))(
-        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
-        scale, eps, tables.shape[1], block_size,
+    start(_attend_decode_kernel, (rows, kv, splits))(
+        qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
+        scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
         h, kv, d, h // kv, padded_group(h // kv), window,
-        bias is not None, q_gain is not None, rotate, splits, block,
+        bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
         keys.dtype == torch.float32, INTERPRETED, stages, pdl,
-        num_warps=warps, **_launch(pdl),
+        num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -697,7 +719,7 @@ def rotate_write(
     """Bias, q/k norm and rotation, queries in place, keys and values into the cache. Arguments as above."""
     kv, d = keys.shape[1], keys.shape[2]
     h = qkv.shape[1] // d - 2 * kv
-    _start(_rotate_write_kernel, (qkv.shape[0],))(
+    start(_rotate_write_kernel, (qkv.shape[0],))(
         qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, tables.shape[1], block_size,
         h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
         num_warps=8,
@@ -725,7 +747,7 @@ def attend_varlen(
     """
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
-    _start(_attend_varlen_kernel, (tiles.shape[0], kv))(
+    start(_attend_varlen_kernel, (tiles.shape[0], kv))(
         qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
         h, kv, d, h // kv, tile_tokens(h, kv), window, VARLEN_ROWS, block, keys.dtype == torch.float32, INTERPRETED, stages,
         num_warps=warps,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu.linear import Tile, choose_tile, linear
 from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
@@ -27,6 +28,8 @@ from inference_server.engine.scheduler import StepPlan
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
 """Batch sizes that have a CUDA graph; a batch in between is padded to the next."""
+SORTED_ROWS = 64
+"""From this many rows on, attention starts with the longest contexts."""
 SLOTS = 4
 """Host buffers in turn; at most two steps are under way at a time."""
 SPARE_UPDATES = 1 << 16
@@ -141,7 +144,7 @@ class GpuRunner:
         self._turn = 0
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._host = [self._pinned(3 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
+        self._host = [self._pinned(4 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
         self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
         self._tokens_host = [self._pinned(max(self._rows, rows)) for _ in range(SLOTS)]
         event: Any = torch.cuda.Event
@@ -190,7 +193,10 @@ class GpuRunner:
             ids = [-1 if item.start >= len(item.request.tokens) else item.request.tokens[item.start] for item in items]
             positions = [item.start for item in items]
             kept = [row for row, item in enumerate(items) if item.sample]
-            columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad]
+            # Padding after the longest contexts, which are started first.
+            order = sorted(range(bucket), key=lambda row: -positions[row] if row < rows else 1)
+            spare_order = [0] * (pad - (bucket - rows))
+            columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad, order, spare_order]
         else:
             bucket = 0
             ids, positions = [], []
@@ -246,7 +252,7 @@ class GpuRunner:
             where, what = inputs[packed.length - 2 * _aligned(packed.updates) :].chunk(2)
             kernels.scatter(self._tables, where[: packed.updates], what[: packed.updates])
         if packed.bucket and not fixed:
-            used = 3 * _aligned(packed.bucket)
+            used = 4 * _aligned(packed.bucket)
             self._inputs[:used].copy_(inputs[:used])
         if begin is not None:
             begin.record()
@@ -310,7 +316,8 @@ class GpuRunner:
         """One position for each of ``rows`` rows of the fixed buffers."""
         a, pdl = self.architecture, self._pdl
         stride = _aligned(rows)
-        ids, positions, seats = (self._inputs[part * stride :][:rows] for part in range(3))
+        ids, positions, seats, by_length = (self._inputs[part * stride :][:rows] for part in range(4))
+        order = by_length if rows >= SORTED_ROWS else None
         residual, normed, qkv = self._residual[:rows], self._normed[:rows], self._qkv[:rows]
         attended, delta = self._attended[:rows], self._delta[:rows]
         both, active = self._both[:rows], self._active[:rows]
@@ -318,13 +325,14 @@ class GpuRunner:
         kernels.embed(ids, seats, self._last, a.embedding, residual, pdl=pdl)
         pending: Tensor | None = None
         for index, layer in enumerate(a.layers):
+            projected = qkv
             if rows == 1:
                 kernels.gemv(residual[0], layer.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
             else:
                 kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
-                torch.mm(normed, layer.qkv.t(), out=qkv)
+                projected = self._product(normed, layer.qkv, qkv, self._qkv_parts)
             kernels.attend_decode(
-                qkv,
+                projected,
                 *self._vectors(layer),
                 positions,
                 seats,
@@ -341,6 +349,7 @@ class GpuRunner:
                 window=layer.window,
                 rotate=layer.rotate,
                 splits=splits,
+                order=order,
                 pdl=pdl,
             )
             if rows == 1:
@@ -348,19 +357,43 @@ class GpuRunner:
                 kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
                 kernels.gemv(active[0], layer.down, residual=residual[0], pdl=pdl)
             else:
-                torch.mm(attended, layer.output.t(), out=delta)
-                kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed, pdl=pdl)
-                torch.mm(normed, layer.gate_up.t(), out=both)
-                kernels.silu_mul(both, active, pdl=pdl)
-                torch.mm(active, layer.down.t(), out=delta)
-                pending = delta
+                added = self._product(attended, layer.output, delta, self._delta_parts)
+                kernels.add_norm(residual, added, layer.post_norm, a.eps, normed, pdl=pdl)
+                tile = self._tile(layer.gate_up, rows, gated=True)
+                if tile is not None:
+                    linear(normed, layer.gate_up, active, tile, gated=True, pdl=pdl)
+                else:
+                    torch.mm(normed, layer.gate_up.t(), out=both)
+                    kernels.silu_mul(both, active, pdl=pdl)
+                pending = self._product(active, layer.down, delta, self._delta_parts)
         logits = self._logits(rows)
         if rows == 1:
             kernels.gemv(residual[0], a.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
         else:
             kernels.add_norm(residual, pending, a.final_norm, a.eps, normed, pdl=pdl)
-            torch.mm(normed, a.head.t(), out=logits)
+            tile = self._tile(a.head, rows)
+            if tile is not None and tile.splits == 1:
+                linear(normed, a.head, logits, tile, pdl=pdl)
+            else:
+                torch.mm(normed, a.head.t(), out=logits)
         kernels.argmax(logits, seats, self._best, self._index, self._tokens, self._last, pdl=pdl)
+
+    def _product(self, x: Tensor, weight: Tensor, whole: Tensor, parts: Tensor) -> Tensor:
+        """``x @ weight.T`` in ``whole``, or in several parts to be summed, ``[parts, rows, columns]``."""
+        rows, columns = len(x), len(weight)
+        tile = self._tile(weight, rows)
+        if tile is None:
+            torch.mm(x, weight.t(), out=whole)
+            return whole
+        out = parts[: tile.splits * rows * columns].view(tile.splits, rows, columns)
+        linear(x, weight, out, tile, pdl=self._pdl)
+        return out
+
+    def _tile(self, weight: Tensor, rows: int, *, gated: bool = False) -> Tile | None:
+        """How the own kernel computes a product of few rows; ``None`` where cuBLAS does."""
+        if weight.dtype != torch.bfloat16 and not kernels.INTERPRETED:
+            return None
+        return choose_tile(weight.shape[0] // (2 if gated else 1), weight.shape[1], rows, gated=gated)
 
     def _mixed_step(self, packed: PackedStep, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Any step: some requests compute many positions."""
@@ -464,7 +497,7 @@ class GpuRunner:
 
     def _reserve(self) -> None:
         a, rows, device, dtype = self.architecture, self._rows, self.device, self.architecture.dtype
-        self._inputs = torch.zeros(3 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(4 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
         self._last = torch.zeros(self._num_seats, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._residual = torch.empty(rows, a.hidden, device=device)
@@ -474,6 +507,13 @@ class GpuRunner:
         self._delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
         self._both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
         self._active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
+        # Space of the products' parts, where the own kernel computes them.
+        buckets = [bucket for bucket in BUCKETS if 1 < bucket <= rows]
+        layer = a.layers[0]
+        for name, weights in (("_qkv_parts", (layer.qkv,)), ("_delta_parts", (layer.output, layer.down))):
+            tiles = [(w, bucket, self._tile(w, bucket)) for w in weights for bucket in buckets]
+            size = max((tile.splits * bucket * len(w) for w, bucket, tile in tiles if tile is not None), default=0)
+            setattr(self, name, torch.empty(size, device=device))
         self._logits_one = torch.empty(1, a.vocab, device=device)
         self._logits_many = torch.empty(rows, a.vocab, device=device, dtype=dtype)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
