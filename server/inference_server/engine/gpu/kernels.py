@@ -56,9 +56,20 @@ def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    if PDL:
+    if PDL == 2:
+        gdc_launch_dependents()
+        gdc_wait()
+    elif PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def ask(pointers):
+    """Have the lines that hold ``pointers`` brought into the L2 cache, waiting for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # -- matrix times one vector -------------------------------------------------------------------------------------------
@@ -204,7 +215,7 @@ def gemv(
         residual is not None,
         rows,
         columns,
-        pdl,
+        early(pdl),
         num_warps=warps,
         **launch_options(pdl),
     )
@@ -218,7 +229,7 @@ def gemv_gate_up(
     rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
     start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
-        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **launch_options(pdl)
+        x, gain, weight, out, n, k, eps, rows, columns, early(pdl), num_warps=warps, **launch_options(pdl)
     )
 
 
@@ -242,7 +253,7 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
     start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
-        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **launch_options(pdl)
+        ids, seats, last, table, residual, hidden, block, early(pdl), num_warps=4, **launch_options(pdl)
     )
 
 
@@ -287,7 +298,7 @@ def add_norm(
     parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
     apart = residual.shape[0] * hidden
     start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
+        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, early(pdl),
         num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 
@@ -308,7 +319,7 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     rows, width = out.shape
     block = min(triton.next_power_of_2(width), 1024)
     start(_silu_kernel, (rows, triton.cdiv(width, block)))(
-        both, out, width, block, pdl, num_warps=4, **launch_options(pdl)
+        both, out, width, block, early(pdl), num_warps=4, **launch_options(pdl)
     )
 
 
@@ -352,17 +363,32 @@ def _attend_decode_kernel(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WINDOW: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    _wait(PDL)
     if ORDERED:
         # The longest contexts first: programs that start last decide when all are done.
         row = tl.load(order + row)
     position = tl.load(positions + row)
+    if AHEAD:
+        # Positions and block tables are inputs of the step, and all but the newest key and value are older than it:
+        # have the first of them brought into the L2 cache while the projection is still being computed.
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(position + 1 - WINDOW, 0)
+        first += split * tl.cdiv(tl.cdiv(position + 1 - first, SPLITS), BLOCK) * BLOCK
+        p = first + tl.arange(0, BLOCK)
+        early = p < position
+        slot = tl.load(tables + tl.load(seats + row) * table_width + p // block_size, mask=early, other=0)
+        place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
+        line = tl.arange(0, LINES) * (D // LINES)
+        ask(keys + place[:, None] + line[None, :])
+        ask(values + place[:, None] + line[None, :])
+    _wait(PDL)
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
     own = (g < G)[:, None]
@@ -600,9 +626,9 @@ def argmax(
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, ARGMAX_BLOCK)
-    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
+    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, early(pdl), num_warps=4,
                                         **launch_options(pdl))  # fmt: skip
-    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
+    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), early(pdl), num_warps=1,
                             **launch_options(pdl))  # fmt: skip
 
 
@@ -617,6 +643,14 @@ def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     """``target.view(-1)[where] = what``, all int32."""
     count = where.numel()
     start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
+
+
+EARLY = True
+ATTEND_AHEAD = True
+
+
+def early(pdl: bool) -> int:
+    return (2 if EARLY else 1) if pdl else 0
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
@@ -689,7 +723,8 @@ def attend_decode(
         scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
         h, kv, d, h // kv, padded_group(h // kv), window,
         bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
-        keys.dtype == torch.float32, INTERPRETED, stages, pdl,
+        keys.dtype == torch.float32, INTERPRETED, stages, ATTEND_AHEAD and pdl and not INTERPRETED,
+        triton.cdiv(d * keys.element_size(), 128), early(pdl),
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 

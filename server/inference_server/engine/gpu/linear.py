@@ -46,14 +46,6 @@ class Tile(NamedTuple):
     """Steps whose weights are asked for before the kernel before has ended."""
 
 
-@triton.jit
-def _ask(pointers):
-    """Have the lines that hold ``pointers`` brought into the L2 cache, waiting for nothing."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
     x, x_bulk, x_bulk2, weight, weight_bulk, out, m, n, k, share,
@@ -70,13 +62,16 @@ def _linear_kernel(
     row = row0 + tl.arange(0, BM)
     deep = tl.arange(0, BK)
     strip = weight + col.to(tl.int64)[:, None] * k
+    if PDL == 2:
+        gdc_launch_dependents()
     if AHEAD > 0:
         line = begin + tl.arange(0, AHEAD * BK // 64) * 64
-        _ask(strip + line[None, :])
+        kernels.ask(strip + line[None, :])
         if GATED:
-            _ask(strip + n.to(tl.int64) * k + line[None, :])
+            kernels.ask(strip + n.to(tl.int64) * k + line[None, :])
     if PDL:
         gdc_wait()
+    if PDL == 1:
         gdc_launch_dependents()
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if GATED:
@@ -166,7 +161,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tile: Tile, *, gated: bool = 
         x, descriptors[0], descriptors[1], weight, descriptors[2], out, m, n, k, share,
         tile.rows, tile.more, tile.columns, depth, gated, even, bulk,
         0 if kernels.INTERPRETED or not even else tile.ahead, x.dtype == torch.float32 or kernels.INTERPRETED,
-        tile.stages, pdl, num_warps=tile.warps, **kernels.launch_options(pdl),
+        tile.stages, kernels.early(pdl), num_warps=tile.warps, **kernels.launch_options(pdl),
     )  # fmt: skip
 
 
