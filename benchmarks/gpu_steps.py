@@ -85,6 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     alone = [json.loads(line) for line in options.alone.read_text(encoding="utf-8").splitlines()]
     for shape in options.shape or list(SHAPES):
+        runner.choose_tile = choose_tile
         made = build(shape)
         for m in options.rows:
             tune(made, shape, m, alone, options.out)
@@ -102,7 +103,7 @@ def tune(made: runner.GpuRunner, shape: str, m: int, alone: list[dict[str, Any]]
         tiles = [Tile(*json.loads(r["tile"])) for r in sorted(rows, key=lambda r: r["score"]) if r["tile"] != "cublas"]
         tiles = [t for t in tiles if t.ahead == 2 and t.bulk][: 1 if name == "head" else 5]
         small = [t for t in tiles if t.stages * (t.rows + t.more + t.columns * (1 + key[2])) * t.depth * 2 < 115_000]
-        more = [t._replace(ahead=a) for t in (tiles[:1] + small[:1]) for a in (0, 6, 12)]
+        more = [t._replace(ahead=a) for t in (tiles[:1] + small[:1]) for a in (0, 8, 16)]
         options[name] = [*tiles, *(more if name != "head" else []), None]
         choice[key] = tiles[0]
         if name != "head":
