@@ -112,7 +112,26 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
       describedBy: { args: { type: 'object', properties: {} } },
       execute: () => server.use().engine('restart')
     });
-    for (const command of [CommandIds.open, CommandIds.setFeature, CommandIds.restartEngine]) {
+    app.commands.addCommand(CommandIds.sleepEngine, {
+      label: trans.__('Put the Inference Engine to Sleep'),
+      caption: trans.__('Gives the device’s memory back; running requests wait'),
+      describedBy: { args: { type: 'object', properties: {} } },
+      execute: () => server.use().engine('sleep')
+    });
+    app.commands.addCommand(CommandIds.wakeEngine, {
+      label: trans.__('Wake the Inference Engine'),
+      caption: trans.__('Takes the device’s memory again and goes on with the requests that wait'),
+      describedBy: { args: { type: 'object', properties: {} } },
+      execute: () => server.use().engine('wake')
+    });
+    const inPalette = [
+      CommandIds.open,
+      CommandIds.setFeature,
+      CommandIds.restartEngine,
+      CommandIds.sleepEngine,
+      CommandIds.wakeEngine
+    ];
+    for (const command of inPalette) {
       palette?.addItem({ command, category: CATEGORY });
     }
 

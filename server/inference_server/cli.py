@@ -1,4 +1,4 @@
-"""The command line: ``inference-workbench serve | lab | fetch-model | status | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | status | recover | stop``."""
 
 from __future__ import annotations
 
@@ -163,6 +163,28 @@ def status() -> None:
             f"started by {server.origin}",
             markup=False,
         )
+
+
+@app.command()
+def recover(
+    journal: Annotated[Path, typer.Argument(help="An .iwjournal file that a server left behind.")],
+) -> None:
+    """Turn the journal of a recording that was cut off into a recording."""
+    from inference_server.recording.convert import finish  # noqa: PLC0415 -- only this command needs it
+    from inference_server.recording.file import RecordingFile  # noqa: PLC0415
+    from inference_server.recording.format import RecordingError  # noqa: PLC0415
+
+    try:
+        with _out.status("Making the recording …"):
+            path = finish(journal)
+        with RecordingFile(path) as file:
+            manifest = file.manifest
+    except RecordingError as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+    _out.print(str(path), markup=False)
+    cut = f", {manifest.torn_bytes} bytes at its end were no whole record" if manifest.torn_bytes else ""
+    _out.print(f"    {manifest.tables['tokens'].rows:,} tokens of {manifest.tables['steps'].rows:,} steps{cut}")
 
 
 @app.command()

@@ -39,6 +39,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     fast_path: bool = True
     cuda_graphs: bool = True
     overlap: bool = True
+    instrumentation: str = "full"
 
     def as_dict(self) -> dict[str, FeatureValue]:
         """Return the values by name, in declaration order."""
@@ -210,6 +211,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         description=(
             "Schedule and launch the next step while the GPU still computes this one; its tokens stay on the device "
             "until then. Needs the fast path, and greedy requests: others are chosen before the next step begins."
+        ),
+    ),
+    FeatureSpec(
+        name="instrumentation",
+        title="Instrumentation",
+        group="Measurement",
+        kind="choice",
+        choices=("off", "steps", "full"),
+        default="full",
+        cost="free",
+        description=(
+            "How much is measured. off: no record of steps or tokens is made, requests still work. steps: one record "
+            "a step. full: tokens with the parts of their latency, and every KV block too. Its cost is shown."
         ),
     ),
 )

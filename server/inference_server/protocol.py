@@ -25,9 +25,31 @@ EXIT_LOAD_FAILED = 2
 """Exit status of an engine process whose last words were :class:`LoadFailed`."""
 
 Cost = Literal["free", "prebuilt", "catch-up", "recompute", "rebuild"]
-EngineState = Literal["starting", "loading", "ready", "failed", "restarting", "stopped"]
+EngineState = Literal["starting", "loading", "ready", "asleep", "failed", "restarting", "stopped"]
 RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Severity = Literal["info", "warning", "error"]
+RecordingState = Literal["recording", "finishing", "finished", "failed"]
+Instrumentation = Literal["off", "steps", "full"]
+
+PARTS = (
+    "tokenize",
+    "queue",
+    "prefill",
+    "recompute",
+    "others_prefill",
+    "stall",
+    "draft",
+    "forward",
+    "attention",
+    "sampling",
+    "host",
+    "transport",
+    "detokenize",
+    "send",
+    "unexplained",
+)
+"""Where a token's latency went, in the order of :attr:`TokensEvent.parts`; ``docs/attribution.md`` defines each."""
 
 
 class Kind(IntEnum):
@@ -107,6 +129,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device_name: str
     weight_bytes: int
     eos_token_ids: tuple[int, ...]
+    num_heads: int = 0
+    """Query heads; 0 where unknown."""
+    hidden_size: int = 0
     quantized_source: str | None = None
     """Set when the loaded weights were themselves dequantized, e.g. ``"Q4_1"``: the baseline is not full precision."""
     revision: str | None = None
@@ -124,6 +149,26 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     max_num_seqs: int
     max_model_len: int
+
+
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
+    """What this machine can do at best, measured; the reference of MBU and MFU."""
+
+    device: str
+    device_name: str
+    dtype: str
+    threads: int
+    read_bytes_per_s: float
+    """Streaming read of memory much larger than any cache."""
+    copy_bytes_per_s: float
+    """Bytes read plus bytes written of a large copy."""
+    flops_per_s: float
+    """Large matrix product in ``dtype``."""
+    measured_at: str
+    """ISO 8601."""
+    seconds: float
+    """How long the measurement took."""
+    versions: dict[str, str] = {}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,6 +246,22 @@ class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     correlation: int
 
 
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Give the device's memory back between two steps; requests wait.
+
+    Answered by :class:`CommandDone` with the fields of ``inference_server.engine.sleeping.Freed``, or by
+    :class:`CommandFailed`.
+    """
+
+    correlation: int
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """Take the memory again and go on with the requests that wait. Answered like :class:`Sleep`."""
+
+    correlation: int
+
+
 class Ping(Message, frozen=True, tag="ping"):
     """Ask for the engine's clock. Answered by :class:`Pong`."""
 
@@ -211,7 +272,18 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish the current step, report running requests as failed, and exit."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | Ping | Shutdown
+class MeasureCeilings(Message, frozen=True, tag="measure_ceilings"):
+    """Measure what the machine can do at best, once the engine is idle.
+
+    Answered by :class:`CommandDone`, or by :class:`CommandFailed` where the engine does not become idle.
+    """
+
+    correlation: int
+    again: bool = False
+    """Even if the figures are known from an earlier run on the same hardware and versions."""
+
+
+ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Sleep | Wake | Ping | Shutdown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,6 +307,21 @@ class LoadProgress(Message, frozen=True, tag="load_progress"):
     detail: str = ""
 
 
+class StepWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step has to read and compute at least, per weight, position and pair (``docs/attribution.md``)."""
+
+    body_weights: int
+    """Weights of the matrices that every position is multiplied with."""
+    body_bytes: int
+    """Everything that is read whatever the number of positions, but for the output layer."""
+    head_weights: int
+    head_bytes: int
+    embedding_row_bytes: int
+    kv_bytes_per_token: int
+    attention_flops_per_pair: int
+    """Per pair of a query and a key, in all layers."""
+
+
 class Ready(Message, frozen=True, tag="ready", kw_only=True):
     """The engine serves."""
 
@@ -245,6 +332,10 @@ class Ready(Message, frozen=True, tag="ready", kw_only=True):
     epoch: int
     load_ns: int
     """From process start to now."""
+    work: StepWork | None = None
+    """``None`` where it depends on more than the number of positions."""
+    ceilings: Ceilings | None = None
+    """Where they are known from an earlier run; else :class:`CeilingsMeasured` follows."""
 
 
 class LoadFailed(Message, frozen=True, tag="load_failed"):
@@ -295,6 +386,18 @@ class StepEvent(Message, frozen=True, tag="step", kw_only=True):
     """Static batching: seats of the batch that finished early and wait for the longest member."""
     device_ns: int | None = None
     """How long a GPU worked on the step, by its own clock. ``None`` on a CPU, where ``forward_ns`` is that time."""
+    before_ns: int = 0
+    """How long the engine was busy between the end of the step before (or waking up) and ``begin_ns``: commands,
+    reports, telemetry."""
+    draft_ns: int = 0
+    """The part of ``forward_ns`` that went into proposing tokens."""
+    attention_ns: int | None = None
+    """The part of ``forward_ns`` that went into attention and reading the KV cache; ``None`` where the device cannot
+    tell."""
+    read_bytes: int | None = None
+    """Bytes that the forward pass has to read and write at least: weights once, keys and values once per request."""
+    flops: int | None = None
+    """Floating-point operations of the forward pass: two per weight and position, and attention."""
 
 
 class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -322,13 +425,18 @@ class KvEvents(Message, frozen=True, tag="kv", kw_only=True):
 class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     """Everything one step did: sent once per step, encoded off the engine's thread."""
 
-    step: StepEvent
+    step: StepEvent | None
+    """``None`` while the feature ``instrumentation`` is off."""
     tokens: SampledTokens
     preempted: list[int] = []
     started: list[int] = []
     """Requests that left the queue in this step."""
     cached: list[int] = []
     """For each of ``started``, how many of its prompt's positions the prefix cache supplied."""
+    seeds: list[int] = []
+    """For each of ``started``, the seed that its draws come from, whether the client chose it or the engine."""
+    begin_ns: int = 0
+    """When the step began: known even while there is no :class:`StepEvent`."""
     kv_events: KvEvents | None = None
     """``None`` when no block changed hands."""
 
@@ -384,11 +492,24 @@ class CommandFailed(Message, frozen=True, tag="command_failed"):
     error: str
 
 
+class Notice(Message, frozen=True, tag="notice"):
+    """Something a person should know that ends no request: ``text`` says what happened and what follows from it."""
+
+    severity: Severity
+    text: str
+
+
 class Pong(Message, frozen=True, tag="pong"):
     """The engine's clock at the moment it read a :class:`Ping`."""
 
     sent_ns: int
     engine_ns: int
+
+
+class CeilingsMeasured(Message, frozen=True, tag="ceilings_measured"):
+    """The engine has measured what the machine can do at best."""
+
+    ceilings: Ceilings
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
@@ -397,6 +518,12 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     engine_ns: int
     steps: int
     rss_bytes: int
+    telemetry_ns: int = 0
+    """What the engine's own thread has spent on telemetry since it started."""
+    encode_ns: int = 0
+    """What its sender thread has spent on encoding step reports (on a core of its own, where there is one)."""
+    busy_ns: int = 0
+    """What its own thread has spent on steps, all in all."""
 
 
 FromEngine = (
@@ -409,8 +536,10 @@ FromEngine = (
     | RequestCancelled
     | FeaturesApplied
     | FeaturesSettled
+    | CeilingsMeasured
     | CommandDone
     | CommandFailed
+    | Notice
     | Pong
     | Heartbeat
 )
@@ -434,6 +563,9 @@ class TokensEvent(Message, frozen=True, tag="tokens", kw_only=True):
     sent_ns: list[int]
     latency_ns: list[int]
     """TTFT for index 0 (from arrival at the front), else the gap to the request's previous token."""
+    parts: list[list[int]] = []
+    """Where each latency went: one list per name in :data:`PARTS`, in its order, each with one entry (nanoseconds) per
+    token. Over the names they add up to ``latency_ns``."""
 
 
 class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
@@ -456,6 +588,16 @@ class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
     error: str | None = None
     group: int | None = None
     """Handle of the first sample, when the request asked for n > 1."""
+    submitted_ns: int | None = None
+    """When the front handed it to the engine, its prompt tokenized."""
+    started_ns: int | None = None
+    """When the first step that computed it began."""
+    last_token_ns: int | None = None
+    """When its newest token was sent."""
+    preemptions: int = 0
+    seed: int | None = None
+    """What its draws come from; known once it has started."""
+    priority: int = 0
 
 
 class FeaturesEvent(Message, frozen=True, tag="features", kw_only=True):
@@ -488,7 +630,110 @@ class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     failed_requests: int = 0
 
 
-Event = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents
+class NoticeEvent(Message, frozen=True, tag="notice_event"):
+    """Something a person should know: memory ran out and what was done about it, a check that failed."""
+
+    severity: Severity
+    at_ns: int
+    text: str
+
+
+class DeviceEvent(Message, frozen=True, tag="device", kw_only=True):
+    """The hardware, sampled about once a second. What a machine does not tell is ``None``."""
+
+    at_ns: int
+    cores: int
+    system_cpu: float
+    """Cores in use by everybody on the machine."""
+    system_memory_used: int
+    system_memory_total: int
+    process: list[str]
+    """``"front"``, ``"engine"`` …; the lists ``pid``, ``cpu`` and ``rss`` have one entry for each."""
+    pid: list[int]
+    cpu: list[float]
+    """Cores in use by the process since the sample before."""
+    rss: list[int]
+    """Resident bytes."""
+    gpu_name: str | None = None
+    gpu_memory_used: int | None = None
+    gpu_memory_total: int | None = None
+    gpu_power_w: float | None = None
+    gpu_clock_mhz: int | None = None
+    gpu_memory_clock_mhz: int | None = None
+    gpu_utilization: float | None = None
+    """Share of the last interval in which a kernel ran, 0 to 1."""
+    gpu_memory_utilization: float | None = None
+    gpu_temperature_c: int | None = None
+
+
+class RecordingEvent(Message, frozen=True, tag="recording", kw_only=True):
+    """A recording began, grew, ended, or turned into a file. The newest event of an ``id`` is its whole story."""
+
+    id: str
+    name: str
+    note: str
+    state: RecordingState
+    at_ns: int
+    started_ns: int
+    bytes: int
+    """Of the journal while recording, of the file once finished."""
+    rows: int
+    """Events so far."""
+    tokens: int
+    seconds: float
+    fraction: float | None = None
+    """Progress of turning the journal into a file."""
+    file: str | None = None
+    """Name of the finished file in the recordings' folder."""
+    message: str = ""
+    """For a person: why it ended or what went wrong."""
+    lost: int = 0
+    """Events that could not be written because the disk was too slow."""
+
+
+class TelemetryCostEvent(Message, frozen=True, tag="telemetry_cost", kw_only=True):
+    """What watching costs: sent about once a second while steps run. All times are sums over ``window_ns``."""
+
+    at_ns: int
+    window_ns: int
+    level: str
+    """Value of the feature ``instrumentation``."""
+    steps: int
+    step_ns: int
+    """What the engine's thread spent on steps."""
+    engine_ns: int
+    """What the engine's thread spent on building telemetry: the part that delays tokens."""
+    encode_ns: int
+    """What the engine's sender thread spent on encoding reports."""
+    front_ns: int
+    """What the front spent on logging, attribution, metrics, frames and the recording's buffer."""
+    journal_ns: int
+    """What the recording's writer thread spent."""
+    events: int
+    bytes: int
+    """Encoded bytes of the logged events."""
+
+
+class CeilingsEvent(Message, frozen=True, tag="ceilings", kw_only=True):
+    """The machine's ceilings became known, or were measured again."""
+
+    at_ns: int
+    ceilings: Ceilings
+
+
+Event = (
+    StepEvent
+    | TokensEvent
+    | RequestEvent
+    | FeaturesEvent
+    | EngineEvent
+    | KvEvents
+    | DeviceEvent
+    | RecordingEvent
+    | TelemetryCostEvent
+    | CeilingsEvent
+    | NoticeEvent
+)
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -517,6 +762,10 @@ class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """Every active request, and the most recent ended ones."""
     history: list[Event]
     """The newest steps and tokens, oldest first."""
+    recordings: list[RecordingEvent] = []
+    """What is being recorded or finished now, and what ended lately."""
+    ceilings: Ceilings | None = None
+    """Of the loaded model's device and dtype, once measured."""
 
 
 class Frame(Message, frozen=True, tag="frame", kw_only=True):

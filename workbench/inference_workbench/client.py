@@ -17,7 +17,15 @@ import httpx
 import msgspec
 import pandas as pd
 
-from inference_server.protocol import PROTOCOL_VERSION, Capacity, EngineEvent, ModelInfo, RequestEvent, ServerInfo
+from inference_server.protocol import (
+    PROTOCOL_VERSION,
+    Capacity,
+    EngineEvent,
+    ModelInfo,
+    NoticeEvent,
+    RequestEvent,
+    ServerInfo,
+)
 from inference_workbench.endpoint import checked, gone, refusal
 from inference_workbench.errors import (
     RequestError,
@@ -43,6 +51,9 @@ OnToken = Callable[[int, str], object]
 """Called with the output position and the text of each piece as it comes."""
 
 _MAX_PARALLEL = 256
+
+
+EngineAction = Literal["restart", "stop", "start", "sleep", "wake"]
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,9 +257,24 @@ class Workbench:
         """End a request; the others go on."""
         self._call("POST", f"/requests/{request_id}/cancel", json={})
 
-    def engine(self, action: Literal["restart", "stop", "start"], **options: Any) -> None:
-        """Restart the engine, stop it (frees the device's memory), or start it, e.g. with ``model="…"``."""
-        self._call("POST", f"/engine/{action}", json=options)
+    def engine(self, action: EngineAction, **options: Any) -> dict[str, Any]:
+        """Restart the engine, stop it (frees the device's memory), or start it, e.g. with ``model="…"``.
+
+        ``"sleep"`` gives the memory back too but keeps the engine and its requests; ``"wake"`` goes on with them.
+
+        Returns
+        -------
+        dict
+            The server's answer: the engine's new state, or, for sleep and wake, ``device_bytes`` given back (negative:
+            taken), ``host_bytes`` of weights that wait on the host, ``duration_ns``, and the ``requests`` that wait.
+        """
+        answer: dict[str, Any] = self._call("POST", f"/engine/{action}", json=options)
+        return answer
+
+    @property
+    def notices(self) -> list[NoticeEvent]:
+        """What the engine had to say to a person since connecting: memory that ran out, a check that failed."""
+        return list(self.store.notices)
 
     # -- generating --------------------------------------------------------------------------------------------------
 

@@ -151,7 +151,7 @@ class Panel(anywidget.AnyWidget):
                 self._command("generate", lambda: self._workbench._generate(None, body, None))  # noqa: SLF001 -- our own
             case {"t": "cancel", "id": str(request_id)}:
                 self._command("cancel", lambda: self._workbench.cancel(request_id))
-            case {"t": "engine", "action": "restart" | "stop" | "start" as action}:
+            case {"t": "engine", "action": "restart" | "stop" | "start" | "sleep" | "wake" as action}:
                 self._command("engine", lambda: self._workbench.engine(action))
             case _:
                 self._reply(str(content.get("t")), error=f"The kernel does not know what to do with {content!r}.")

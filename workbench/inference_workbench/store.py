@@ -20,6 +20,7 @@ from inference_server.protocol import (
     Event,
     FeaturesEvent,
     Frame,
+    NoticeEvent,
     RequestEvent,
     Snapshot,
     StepEvent,
@@ -128,6 +129,8 @@ class EventStore:
         self._features: dict[int, FeaturesEvent] = {}
         self.epoch = -1
         self.engine: EngineEvent | None = None
+        self.notices: list[NoticeEvent] = []
+        """What the engine had to say to a person, oldest first."""
         self._newest_begin_ns = -1
         self._last_index: dict[int, int] = {}
         self._tokens_seen: dict[int, int] = {}
@@ -180,6 +183,9 @@ class EventStore:
                     self.epoch = event.epoch
             case EngineEvent():
                 self.engine = event
+            case NoticeEvent():
+                if not self.notices or event.at_ns > self.notices[-1].at_ns:  # else known from before a reconnect
+                    self.notices.append(event)
 
     def _add_step(self, event: StepEvent) -> None:
         if event.begin_ns <= self._newest_begin_ns:  # known from before a reconnect

@@ -19,6 +19,8 @@ export const CommandIds = {
   open: 'inference-workbench:open',
   setFeature: 'inference-workbench:set-feature',
   restartEngine: 'inference-workbench:restart-engine',
+  sleepEngine: 'inference-workbench:sleep-engine',
+  wakeEngine: 'inference-workbench:wake-engine',
   openTeaching: 'inference-workbench:open-teaching',
   insertConnect: 'inference-workbench:insert-connect'
 } as const;

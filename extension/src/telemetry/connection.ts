@@ -25,7 +25,7 @@ export interface ConnectionStatus {
   retryAt: number | null;
 }
 
-export type EngineAction = 'restart' | 'stop' | 'start';
+export type EngineAction = 'restart' | 'stop' | 'start' | 'sleep' | 'wake';
 
 /** The server said no, and why. */
 export class RefusedError extends Error {}

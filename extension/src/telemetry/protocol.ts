@@ -8,7 +8,7 @@ export const PROTOCOL_VERSION = 1;
 
 export type FeatureValue = boolean | number | string;
 export type Cost = 'free' | 'prebuilt' | 'catch-up' | 'recompute' | 'rebuild';
-export type EngineState = 'starting' | 'loading' | 'ready' | 'failed' | 'restarting' | 'stopped';
+export type EngineState = 'starting' | 'loading' | 'ready' | 'asleep' | 'failed' | 'restarting' | 'stopped';
 export type RequestState = 'queued' | 'running' | 'preempted' | 'finished' | 'cancelled' | 'failed';
 export type FinishReason = 'stop' | 'length' | 'cancelled' | 'error';
 
@@ -160,7 +160,16 @@ export interface KvEvents {
   block: number[];
 }
 
-export type TelemetryEvent = StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents;
+/** Something a person should know that ends no request. */
+export interface NoticeEvent {
+  t: 'notice_event';
+  severity: 'info' | 'warning' | 'error';
+  at_ns: number;
+  text: string;
+}
+
+export type TelemetryEvent =
+  StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents | NoticeEvent;
 
 export interface ServerInfo {
   version: string;

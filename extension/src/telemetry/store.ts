@@ -132,6 +132,8 @@ export class TelemetryStore {
   private waitingForStep = new Map<number, TokenRecord[]>();
   private newestFirstToken: TokenRecord | null = null;
   private nextSerial = 1;
+  /** The history of a snapshot repeats notices that are known. */
+  private newestNoticeNs = 0;
   private lastSeq: number | null = null;
   private metricsCache: { version: number; windowNs: number; value: Metrics } | null = null;
 
@@ -153,6 +155,7 @@ export class TelemetryStore {
     const sameServer = this.server?.instance === snapshot.server.instance;
     if (this.server !== null && !sameServer) {
       this.failure = null;
+      this.newestNoticeNs = 0;
       this.note('connection', 'Connected to a new server: what the old one measured is gone.', snapshot.now_ns);
     }
     const previous = this.requests;
@@ -297,6 +300,12 @@ export class TelemetryStore {
         break;
       case 'engine':
         this.takeEngine(event, live);
+        break;
+      case 'notice_event':
+        if (event.at_ns > this.newestNoticeNs) {
+          this.newestNoticeNs = event.at_ns;
+          this.tell({ kind: event.severity === 'info' ? 'engine' : 'error', atNs: event.at_ns, text: event.text });
+        }
         break;
       case 'kv':
         break; // logged and recorded; no view draws single blocks yet

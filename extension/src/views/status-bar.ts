@@ -46,6 +46,12 @@ export class StatusBar implements View {
     this.buttons = {
       start: button('start', trans.__('Start engine'), trans.__('Load the model again')),
       restart: button('restart', trans.__('Restart'), trans.__('Restart the engine; running requests fail')),
+      sleep: button(
+        'sleep',
+        trans.__('Sleep'),
+        trans.__('Give the device’s memory back between two steps; running requests wait and lose nothing')
+      ),
+      wake: button('wake', trans.__('Wake engine'), trans.__('Take the memory again and go on with the requests')),
       stop: button('stop', trans.__('Stop engine'), trans.__('Stop the engine and free the device’s memory'))
     };
     this.retry = h('button', {
@@ -77,7 +83,15 @@ export class StatusBar implements View {
           )
         ),
         connection.controlsEngine &&
-          h('span', { class: 'iw-engine-buttons' }, this.buttons.start, this.buttons.restart, this.buttons.stop)
+          h(
+            'span',
+            { class: 'iw-engine-buttons' },
+            this.buttons.start,
+            this.buttons.wake,
+            this.buttons.sleep,
+            this.buttons.restart,
+            this.buttons.stop
+          )
       ),
       this.progress,
       this.message
@@ -138,6 +152,10 @@ export class StatusBar implements View {
       level = 'bad';
       text = trans.__('Engine failed');
       reason = engine.message || trans.__('The engine ended without a message.');
+    } else if (engine.state === 'asleep') {
+      level = 'off';
+      text = trans.__('Asleep');
+      reason = engine.message;
     } else {
       level = 'off';
       text = trans.__('Engine stopped');
@@ -171,6 +189,8 @@ export class StatusBar implements View {
     this.buttons.start.hidden = !down;
     this.buttons.restart.hidden = down;
     this.buttons.stop.hidden = down;
+    this.buttons.sleep.hidden = down || state === 'asleep';
+    this.buttons.wake.hidden = state !== 'asleep';
     for (const each of Object.values(this.buttons)) {
       each.disabled = !connected;
     }

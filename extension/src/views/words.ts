@@ -68,6 +68,7 @@ export function describeEngine(event: EngineEvent, trans: Translation): string {
     starting: trans.__('Engine starting'),
     loading: trans.__('Engine loading'),
     ready: trans.__('Engine ready'),
+    asleep: trans.__('Engine asleep'),
     failed: trans.__('Engine failed'),
     restarting: trans.__('Engine restarting'),
     stopped: trans.__('Engine stopped')

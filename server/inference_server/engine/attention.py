@@ -9,6 +9,7 @@ This is the reference backend: it gathers each request's blocks and calls scaled
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -49,10 +50,13 @@ class PagedKVTensors:
         ]
 
     def transfer(self, transfers: list[Transfer]) -> None:
-        """Carry out copies between blocks and to and from host memory, in the order given."""
+        """Carry out copies between blocks and to and from host memory, in the order given.
+
+        Each leaves the list once it is done, so that what is left after an error is what is still to do.
+        """
         size = self.block_size
-        for each in transfers:
-            match each:
+        while transfers:
+            match transfers[0]:
                 case Copy(source, destination):
                     for cache in (*self.keys, *self.values):
                         cache[destination * size : (destination + 1) * size] = cache[
@@ -63,10 +67,12 @@ class PagedKVTensors:
                     self._host[handle] = [cache[slots].to("cpu") for cache in (*self.keys, *self.values)]
                 case SwapIn(handle, blocks, length):
                     slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
-                    for cache, saved in zip((*self.keys, *self.values), self._host.pop(handle), strict=True):
+                    for cache, saved in zip((*self.keys, *self.values), self._host[handle], strict=True):
                         cache.index_copy_(0, slots, saved.to(self.device))
+                    del self._host[handle]
                 case SwapDiscard(handle):
                     self._host.pop(handle, None)
+            del transfers[0]
 
     @property
     def swapped_bytes(self) -> int:
@@ -104,6 +110,8 @@ class StepContext:
     """``[D]`` their context lengths."""
     calls: int = 0
     """Attention calls so far in this step; the load-time check compares it with the number of layers."""
+    spent_ns: int = 0
+    """Time spent in these calls."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
@@ -149,6 +157,7 @@ def paged_attention(
     if _context is None:
         raise RuntimeError("paged attention was called outside a step of the engine")
     context = _context
+    begin = time.monotonic_ns()
     context.calls += 1
     sinks: Tensor | None = kwargs.get("s_aux")
     if scaling is None:
@@ -193,6 +202,7 @@ def paged_attention(
             sinks,
         )
         output[rows_] = attended[0].transpose(0, 1)
+    context.spent_ns += time.monotonic_ns() - begin
     return output.unsqueeze(0), None
 
 

@@ -20,12 +20,13 @@ from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
-from inference_server.engine.memory import available_host_bytes
+from inference_server.engine.memory import available_host_bytes, is_out_of_memory
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduler, StepPlan
+from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
@@ -40,6 +41,7 @@ from inference_server.protocol import (
     KvOp,
     KvUsage,
     ModelInfo,
+    Notice,
     RequestCancelled,
     RequestFailed,
     SampledTokens,
@@ -56,6 +58,8 @@ MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
 REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
 """Features that a request may set for itself."""
+STEPS_UNTIL_LARGER = 64
+"""After memory ran out, steps of half the size are tried again after so many without trouble."""
 CPU_KV_BYTES = 1 << 30
 """KV memory on a CPU unless told otherwise: 23,000 positions of the default model in float32."""
 
@@ -93,14 +97,46 @@ class _Flight:
     """Running and waiting requests and the KV cache after the step, where the next one was scheduled since."""
 
 
+class _MemoryLimit:
+    """How many positions a step may have, where memory ran out not long ago."""
+
+    __slots__ = ("_calm", "most")
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self._calm = 0
+
+    def apply(self, features: Features) -> Features:
+        """The features with a budget that fits into memory."""
+        if self.most is None:
+            return features
+        if self.most >= features.max_num_batched_tokens:
+            self.most = None
+            return features
+        return msgspec.structs.replace(features, max_num_batched_tokens=self.most)
+
+    def shrink(self, tokens: int) -> None:
+        """A step of ``tokens`` positions was too much."""
+        self.most, self._calm = max(tokens // 2, 1), 0
+
+    def succeeded(self) -> None:
+        """A step fitted; after some of these a larger one is tried."""
+        if self.most is not None:
+            self._calm += 1
+            if self._calm >= STEPS_UNTIL_LARGER:
+                self.most, self._calm = 2 * self.most, 0
+
+
 class _Phases:
     """Where the engine's time between the ends of two steps went, in nanoseconds."""
 
-    __slots__ = ("forward", "last", "prepare", "sample", "schedule", "update")
+    __slots__ = ("before", "forward", "last", "prepare", "sample", "schedule", "update")
 
-    def __init__(self) -> None:
+    def __init__(self, busy_since_ns: int) -> None:
         self.schedule = self.prepare = self.forward = self.sample = self.update = 0
         self.last = time.monotonic_ns()
+        self.before = max(self.last - busy_since_ns, 0)
+        """What the engine was busy with between the step before and this one."""
 
     def end(self, phase: str) -> int:
         """Add the time since the last call to a phase, and return now."""
@@ -178,8 +214,18 @@ class Engine:
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
+        self.telemetry_ns = 0
+        """What building telemetry has cost the engine's thread."""
+        self.busy_ns = 0
+        """What steps have cost it, all in all."""
+        self._busy_since_ns = time.monotonic_ns()
         self._flight: _Flight | None = None
         self._landed: deque[tuple[StepReport, list[FeaturesSettled]]] = deque()
+        self._sleeper = Sleeper(loaded.device)
+        self.asleep = False
+        """Its memory was given back; requests wait."""
+        self._memory = _MemoryLimit()
+        self._news: list[Notice | RequestFailed] = []
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress) -> Engine:
@@ -212,7 +258,7 @@ class Engine:
         host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
-        cache.pool.events = []
+        cache.pool.events = [] if features.instrumentation == "full" else None
         return cache
 
     # -- what is served ------------------------------------------------------------------------------------------------
@@ -241,6 +287,8 @@ class Engine:
             device_name=name,
             weight_bytes=loaded.weight_bytes,
             eos_token_ids=loaded.eos_token_ids,
+            num_heads=int(getattr(loaded.config, "num_attention_heads", 0) or 0),
+            hidden_size=int(getattr(loaded.config, "hidden_size", 0) or 0),
             quantized_source=loaded.located.quantized_source,
             revision=loaded.located.revision,
             notes=loaded.located.notes,
@@ -382,9 +430,60 @@ class Engine:
         self._landed.clear()
         return failed
 
+    def woke(self) -> None:
+        """Say that the engine had nothing to do until now."""
+        self._busy_since_ns = time.monotonic_ns()
+
     def has_work(self) -> bool:
         """Whether a step has something to compute."""
+        if self.asleep:
+            return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
+
+    def take_news(self) -> list[Notice | RequestFailed]:
+        """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
+        news, self._news = self._news, []
+        return news
+
+    # -- sleep ---------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> Freed:
+        """Give the device's memory back between two steps: weights go to the host, keys and values are dropped.
+
+        Running requests keep their place and what they have said; they are computed again after :meth:`wake`.
+
+        Raises
+        ------
+        SleepError
+            If it sleeps already, or the host cannot hold the weights.
+        """
+        if self.asleep:
+            raise SleepError("The engine is asleep already; wake it to use it.")
+        stopwatch = Stopwatch(self._sleeper)
+        self._land()
+        tensors = self.runner.tensors
+        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
+        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values])
+        self._restart_cache(self.features)
+        if self.gpu is not None:
+            self.gpu.forget_graphs()
+        self.asleep = True
+        return stopwatch.result(host_bytes, len(self.requests))
+
+    def wake(self) -> Freed:
+        """Take the memory again and go on.
+
+        Raises
+        ------
+        SleepError
+            If it is not asleep, or the device's memory was taken meanwhile; then it stays asleep.
+        """
+        if not self.asleep:
+            raise SleepError("The engine is not asleep.")
+        stopwatch = Stopwatch(self._sleeper)
+        self._sleeper.restore()
+        self.asleep = False
+        return stopwatch.result(0, len(self.requests))
 
     # -- switches ------------------------------------------------------------------------------------------------------
 
@@ -408,6 +507,8 @@ class Engine:
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
+        if "instrumentation" in names:
+            self.cache.pool.events = [] if after.instrumentation == "full" else None
         self.epoch += bool(names)
         applied = FeaturesApplied(
             correlation=correlation,
@@ -451,7 +552,7 @@ class Engine:
             return self._landed.popleft()
         if self._replays and self._flight is None:
             return self._replay_step(), []
-        phases = _Phases()
+        phases = _Phases(self._busy_since_ns)
         begin = phases.last
         flight = self._flight or self._launch(phases)
         self._flight = None
@@ -489,21 +590,36 @@ class Engine:
     def _launch(self, phases: _Phases) -> _Flight | None:
         """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
         features = self.features
-        if not self.scheduler.has_work():
-            return None
-        plan = self.scheduler.schedule(features)
-        if not plan.items:
-            self.cache.transfers[:0] = plan.transfers
-            return None
-        events = self._take_kv_events()
-        phases.end("schedule")
-        runner = self._runner(features)
-        if self.gpu is not None:
-            self.gpu.use_graphs = features.cuda_graphs
-        packed = runner.prepare(plan)
-        phases.end("prepare")
-        logits = runner.forward(plan, packed)
-        phases.end("forward")
+        events: list[tuple[KvOp, int]] = []
+        started: list[Request] = []
+        preempted: list[Request] = []
+        while True:
+            if not self.scheduler.has_work():
+                return None
+            plan = self.scheduler.schedule(self._memory.apply(features))
+            if not plan.items:
+                self.cache.transfers[:0] = plan.transfers
+                return None
+            events += self._take_kv_events()
+            phases.end("schedule")
+            plan.started[:0], plan.preempted[:0] = started, preempted
+            runner = self._runner(features)
+            if self.gpu is not None:
+                self.gpu.use_graphs = features.cuda_graphs
+            try:
+                packed = runner.prepare(plan)
+                phases.end("prepare")
+                logits = runner.forward(plan, packed)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._shrink(plan, features, error)
+            else:
+                break
+            finally:
+                phases.end("forward")
+            started, preempted = plan.started, plan.preempted
+        self._memory.succeeded()
         return _Flight(
             plan=plan,
             features=features,
@@ -516,6 +632,46 @@ class Engine:
             kv_events=events,
         )
 
+    def _shrink(self, plan: StepPlan, features: Features, error: Exception) -> None:
+        """Memory ran out while a step was launched: see that the next attempt needs less.
+
+        Nothing of the step was booked, so its positions are simply planned again, fewer at once. A request that
+        needs too much all by itself is ended.
+        """
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.cache.transfers[:0] = plan.transfers  # those not done yet
+        self.scheduler.step -= 1  # a step number met twice tells the runners to forget what they noted for it
+        tokens, first = plan.num_tokens, plan.items[0]
+        divisible = len(plan.items) > 1 or (first.count > 1 and plan.use_cache and features.chunked_prefill)
+        if divisible:
+            self._memory.shrink(tokens)
+            self._news.append(
+                Notice(
+                    "warning",
+                    f"Memory ran out in a step of {tokens} positions; no request is lost. Steps have at most "
+                    f"{self._memory.most} positions for now. Smaller max_num_batched_tokens or max_num_seqs avoid it.",
+                )
+            )
+            return
+        handle = first.request.handle
+        cure = (
+            "switch chunked_prefill on, or shorten the prompt"
+            if first.count > 1 and plan.use_cache
+            else "switch kv_cache on, or shorten the prompt"
+            if first.count > 1
+            else "give the engine less KV memory (--kv-memory), which leaves more for computing"
+        )
+        self.cancel(handle)
+        self._news.append(
+            RequestFailed(
+                handle,
+                f"memory ran out computing {first.count} positions of this request at once, which cannot be divided: "
+                f"{cure} ({str(error).splitlines()[0]})",
+                "capacity",
+            )
+        )
+
     def _complete(self, flight: _Flight, begin: int, phases: _Phases) -> tuple[StepReport, list[FeaturesSettled]]:
         """Choose the tokens of a launched step, book them, and report it."""
         plan, pending = flight.plan, flight.greedy
@@ -526,7 +682,7 @@ class Engine:
             phases.end("forward")
         # A request may have ended since the step was launched: by a stop token of the step before, or cancelled.
         alive = [row for row, request in enumerate(flight.sampling) if request.finish_reason is None]
-        sampled = sampler.sample(flight.logits, flight.sampling, greedy=pending)
+        sampled = _sample(flight.logits, flight.sampling, pending)
         phases.end("sample")
         if not flight.booked:
             self.scheduler.book(plan, flight.features)
@@ -548,10 +704,32 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         settled = self._settle(tokens.request)
-        running, waiting, usage = flight.after or self._occupancy()
-        kv_events = flight.kv_events + self._take_kv_events()
         end = phases.end("update")
-        event = StepEvent(
+        self.busy_ns += end - begin + phases.before
+        self._busy_since_ns = end
+        event = self._step_event(flight, begin, end, phases, device_ns)
+        report = StepReport(
+            step=event,
+            tokens=tokens,
+            preempted=_handles(plan.preempted),
+            started=_handles(plan.started),
+            cached=[request.cached_prompt_tokens for request in plan.started],
+            seeds=[request.seed for request in plan.started],
+            begin_ns=begin,
+            kv_events=self._kv_events(flight),
+        )
+        self.telemetry_ns += time.monotonic_ns() - end
+        return report, settled
+
+    def _step_event(
+        self, flight: _Flight, begin: int, end: int, phases: _Phases, device_ns: int | None
+    ) -> StepEvent | None:
+        if self.features.instrumentation == "off":
+            return None
+        plan = flight.plan
+        running, waiting, usage = flight.after or self._occupancy()
+        attention_ns = None if flight.fast else self.runner.attention_ns
+        return StepEvent(
             step=plan.step,
             epoch=flight.epoch,
             begin_ns=begin,
@@ -571,18 +749,15 @@ class Engine:
             kv=usage,
             idle_slots=plan.idle_slots,
             device_ns=device_ns,
+            before_ns=phases.before,
+            attention_ns=attention_ns,
         )
-        report = StepReport(
-            step=event,
-            tokens=tokens,
-            preempted=_handles(plan.preempted),
-            started=_handles(plan.started),
-            cached=[request.cached_prompt_tokens for request in plan.started],
-            kv_events=None
-            if not kv_events
-            else KvEvents(step=plan.step, op=[int(op) for op, _ in kv_events], block=[block for _, block in kv_events]),
-        )
-        return report, settled
+
+    def _kv_events(self, flight: _Flight) -> KvEvents | None:
+        events = flight.kv_events + self._take_kv_events()
+        if not events or self.features.instrumentation != "full":
+            return None
+        return KvEvents(step=flight.plan.step, op=[int(op) for op, _ in events], block=[block for _, block in events])
 
     def _occupancy(self) -> tuple[int, int, KvUsage]:
         return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
@@ -591,12 +766,15 @@ class Engine:
         """Complete a step that was launched ahead; :meth:`step` returns its report next."""
         if self._flight is not None:
             flight, self._flight = self._flight, None
-            phases = _Phases()
+            phases = _Phases(self._busy_since_ns)
             self._landed.append(self._complete(flight, phases.last, phases))
 
     def _take_kv_events(self) -> list[tuple[KvOp, int]]:
-        events, self.cache.pool.events = self.cache.pool.events, []
-        return events or []
+        pool = self.cache.pool
+        if not pool.events:
+            return []
+        events, pool.events = pool.events, []
+        return events
 
     def _remember(self, request: Request) -> None:
         if request.response_key is not None and request.finish_reason in {"stop", "length"}:
@@ -606,7 +784,8 @@ class Engine:
 
     def _replay_step(self) -> StepReport:
         """Answer everything the response cache knows, in a step that computes nothing."""
-        begin = time.monotonic_ns()
+        phases = _Phases(self._busy_since_ns)
+        begin = phases.last
         replays, self._replays = self._replays, []
         self.scheduler.step += 1
         tokens = SampledTokens(request=[], index=[], token_id=[], logprob=[], top=[], finish=[])
@@ -619,7 +798,9 @@ class Engine:
             tokens.top.extend(answer.top)
             tokens.finish.extend([None] * (count - 1) + [answer.finish])
             self.requests.pop(request.handle, None)
-        end = time.monotonic_ns()
+        end = phases.end("update")
+        self.busy_ns += end - begin + phases.before
+        self._busy_since_ns = end
         event = StepEvent(
             step=self.scheduler.step,
             epoch=self.epoch,
@@ -628,8 +809,9 @@ class Engine:
             prepare_ns=0,
             forward_ns=0,
             sample_ns=0,
-            update_ns=end - begin,
+            update_ns=phases.update,
             end_ns=end,
+            before_ns=phases.before,
             path="response cache",
             request=[],
             start=[],
@@ -640,7 +822,12 @@ class Engine:
             kv=self.cache.usage(),
         )
         return StepReport(
-            step=event, tokens=tokens, started=[request.handle for request, _ in replays], cached=[0] * len(replays)
+            step=event if self.features.instrumentation != "off" else None,
+            tokens=tokens,
+            started=[request.handle for request, _ in replays],
+            cached=[0] * len(replays),
+            seeds=[request.seed for request, _ in replays],
+            begin_ns=begin,
         )
 
     def check_integrity(self) -> dict[str, int]:
@@ -688,6 +875,24 @@ def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str,
             )
         )
     return tuple(specs)
+
+
+def _sample(logits: Tensor, requests: list[Request], greedy: Tokens | None) -> sampler.Sampled:
+    """Choose a token for each row; where memory runs out, for half of the rows at a time."""
+    try:
+        return sampler.sample(logits, requests, greedy=greedy)
+    except Exception as error:
+        if len(requests) < 2 or not is_out_of_memory(error):
+            raise
+        if logits.device.type == "cuda":
+            torch.cuda.empty_cache()
+    half = len(requests) // 2
+    parts = (_sample(logits[:half], requests[:half], None), _sample(logits[half:], requests[half:], None))
+    return sampler.Sampled(
+        tokens=parts[0].tokens + parts[1].tokens,
+        logprobs=parts[0].logprobs + parts[1].logprobs,
+        top=parts[0].top + parts[1].top,
+    )
 
 
 def _handles(requests: list[Request]) -> list[int]:

@@ -1,8 +1,12 @@
-"""How much memory there is: on the host, with or without psutil."""
+"""How much memory there is on the host, and how running out of it looks, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
 import os
+
+import torch
+
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 def available_host_bytes() -> int:
@@ -12,3 +16,10 @@ def available_host_bytes() -> int:
     except ModuleNotFoundError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out: torch has a type of its own for a GPU alone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)

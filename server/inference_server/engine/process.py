@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
@@ -25,6 +26,7 @@ from inference_server.protocol import (
     EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
     Cancel,
+    CeilingsMeasured,
     CheckIntegrity,
     CommandDone,
     CommandFailed,
@@ -34,17 +36,27 @@ from inference_server.protocol import (
     Hello,
     LoadFailed,
     LoadProgress,
+    MeasureCeilings,
+    Notice,
     Ping,
     Pong,
     Ready,
     RequestFailed,
     SetFeatures,
     Shutdown,
+    Sleep,
+    StepReport,
     Submit,
     ToEngine,
+    Wake,
 )
 
+if TYPE_CHECKING:
+    from inference_server.engine.calibration import Calibration
+    from inference_server.engine.core import Engine
+
 IDLE_CHECK_SECONDS = 1.0
+CALIBRATE_AFTER_IDLE_SECONDS = 3.0
 LINGER_MS = 2000
 NICENESS_ON_CPU = 10
 
@@ -63,6 +75,11 @@ class EngineProcess:
         self.config = config
         self.started_ns = time.monotonic_ns()
         self.steps = 0
+        self._engine: Engine | None = None
+        self._encode_ns = 0
+        self._calibration: Calibration | None = None
+        self._asked_to_calibrate: list[int] = []
+        self._idle_since = time.monotonic()
         self._commands: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._context = zmq.Context()
@@ -86,8 +103,10 @@ class EngineProcess:
         )
         self._progress("importing torch", None, "")
         # Imported here, after the threads have said hello: torch and transformers take seconds.
-        from inference_server.engine import loader  # noqa: PLC0415
+        from inference_server.engine import calibration, loader  # noqa: PLC0415
         from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+        from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
+        from inference_server.engine.work import step_work  # noqa: PLC0415
         from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
@@ -109,19 +128,32 @@ class EngineProcess:
             traceback.print_exc()
             self._emit(LoadFailed(f"{type(error).__name__}: {error}", "the traceback is in the engine's log"))
             return self._close(EXIT_LOAD_FAILED)
+        self._engine = engine
+        model = engine.model_info()
+        key = calibration.ceilings_key(engine.loaded.device, model.device_name, engine.loaded.dtype)
+        known = calibration.remembered(key)
+        if known is None:
+            self._calibrate(engine)
         self._emit(
             Ready(
-                model=engine.model_info(),
+                model=model,
                 capacity=engine.capacity,
                 features=engine.features.as_dict(),
                 specs=engine.specs,
                 epoch=engine.epoch,
                 load_ns=time.monotonic_ns() - self.started_ns,
+                work=step_work(engine.loaded),
+                ceilings=known,
             )
         )
 
+        self._idle_since = time.monotonic()
         while True:
-            for command in self._pending(wait=not engine.has_work()):
+            idle = not engine.has_work()
+            commands = self._pending(wait=idle)
+            if idle:
+                engine.woke()
+            for command in commands:
                 match command:
                     case Submit():
                         try:
@@ -144,6 +176,18 @@ class EngineProcess:
                             self._emit(CommandDone(correlation, engine.check_integrity()))
                         except AssertionError as error:
                             self._emit(CommandFailed(correlation, str(error)))
+                    case Sleep(correlation) | Wake(correlation):
+                        try:
+                            change = engine.sleep if isinstance(command, Sleep) else engine.wake
+                            self._emit(CommandDone(correlation, msgspec.to_builtins(change())))
+                        except SleepError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
+                    case MeasureCeilings(correlation, _) if engine.asleep:
+                        self._emit(CommandFailed(correlation, "The engine is asleep; wake it to measure the machine."))
+                    case MeasureCeilings(correlation, again):
+                        self._asked_to_calibrate.append(correlation)
+                        if again or calibration.remembered(key) is None:
+                            self._calibrate(engine)
                     case Shutdown():
                         for failed in engine.fail_all("the engine was stopped"):
                             self._emit(failed)
@@ -151,7 +195,10 @@ class EngineProcess:
                     case Ping():
                         pass  # answered by the receiver thread, which is never busy
             if not engine.has_work():
+                if not commands and not engine.asleep:  # it would take memory that was given back
+                    self._advance_calibration()
                 continue
+            self._idle_since = time.monotonic()
             try:
                 report, settled = engine.step()
             except Exception as error:  # noqa: BLE001 - one bad step must not take the server down
@@ -162,14 +209,16 @@ class EngineProcess:
             self.steps += 1
             if report is not None:
                 self._emit(report)
-            for each in settled:
-                self._emit(each)
+            for news in (*settled, *engine.take_news()):
+                self._emit(news)
             if not engine.has_work():
                 try:
                     engine.check_integrity()
                 except AssertionError as error:
-                    # A leak costs memory, not answers: go on serving, and leave the reason where it is looked for.
+                    # A leak costs memory, not answers: go on serving, and say it on the screen and in the log.
                     print(f"integrity check: {error}", file=sys.stderr, flush=True)
+                    text = f"The check of the KV cache's blocks found: {error}. Restart the engine to free them."
+                    self._emit(Notice("error", text))
 
     # -- private -------------------------------------------------------------------------------------------------------
 
@@ -177,7 +226,9 @@ class EngineProcess:
         commands: list[ToEngine] = []
         if wait:
             try:
-                commands.append(self._commands.get(timeout=IDLE_CHECK_SECONDS))
+                # Between two slices of a measurement it only looks.
+                patience = 0.01 if self._may_calibrate() else IDLE_CHECK_SECONDS
+                commands.append(self._commands.get(timeout=patience))
             except queue.Empty:
                 return commands
         while True:
@@ -185,6 +236,30 @@ class EngineProcess:
                 commands.append(self._commands.get_nowait())
             except queue.Empty:
                 return commands
+
+    def _calibrate(self, engine: Engine) -> None:
+        """Measure the machine's ceilings when there is nothing else to do."""
+        from inference_server.engine.calibration import Calibration  # noqa: PLC0415
+
+        loaded = engine.loaded
+        self._calibration = Calibration(loaded.device, engine.model_info().device_name, loaded.dtype)
+
+    def _may_calibrate(self) -> bool:
+        """Whether a measurement is due: at once when somebody waits for it, else after a while without requests."""
+        if self._calibration is None:
+            return False
+        idle = time.monotonic() - self._idle_since
+        return bool(self._asked_to_calibrate) or idle >= CALIBRATE_AFTER_IDLE_SECONDS
+
+    def _advance_calibration(self) -> None:
+        if self._calibration is not None and self._may_calibrate() and not self._calibration.advance():
+            result, self._calibration = self._calibration.result, None
+            if result is not None:
+                self._emit(CeilingsMeasured(result))
+        if self._calibration is None and self._asked_to_calibrate:
+            asked, self._asked_to_calibrate = self._asked_to_calibrate, []
+            for correlation in asked:
+                self._emit(CommandDone(correlation))
 
     def _emit(self, message: FromEngine) -> None:
         self._outbox.put(message)
@@ -205,7 +280,13 @@ class EngineProcess:
         socket.connect(self._send)
         encoder = msgspec.msgpack.Encoder()
         while (message := self._outbox.get()) is not None:
-            socket.send(encoder.encode(message))
+            if isinstance(message, StepReport):
+                begin = time.thread_time_ns()
+                encoded = encoder.encode(message)
+                self._encode_ns += time.thread_time_ns() - begin
+                socket.send(encoded)
+            else:
+                socket.send(encoder.encode(message))
         socket.close()
         context.term()  # returns when the last words have left this process: they may say why it ends
 
@@ -224,7 +305,17 @@ class EngineProcess:
     def _heartbeat_loop(self) -> None:
         process = psutil.Process()
         while True:
-            self._emit(Heartbeat(time.monotonic_ns(), self.steps, process.memory_info().rss))
+            engine = self._engine
+            self._emit(
+                Heartbeat(
+                    engine_ns=time.monotonic_ns(),
+                    steps=self.steps,
+                    rss_bytes=process.memory_info().rss,
+                    telemetry_ns=engine.telemetry_ns if engine else 0,
+                    encode_ns=self._encode_ns,
+                    busy_ns=engine.busy_ns if engine else 0,
+                )
+            )
             time.sleep(1)
 
 

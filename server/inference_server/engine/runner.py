@@ -50,6 +50,8 @@ class ModelRunner:
         self.tensors = tensors
         self.device = tensors.device
         self.last_attention_calls = 0
+        self.attention_ns: int | None = None
+        """What attention took of the last step, where calling it is doing it: on a CPU."""
 
     def prepare(self, plan: StepPlan) -> tuple[Tensor, Tensor, Tensor, StepContext]:
         """Pack a plan: token ids and positions ``[1, T]``, rows to keep logits of ``[S]``, and the step's context."""
@@ -109,6 +111,7 @@ class ModelRunner:
         finally:
             attention.set_context(None)
         self.last_attention_calls = context.calls
+        self.attention_ns = context.spent_ns if self.device.type == "cpu" else None
         logits: Tensor = out.logits[0]
         return logits[: len(keep)]
 

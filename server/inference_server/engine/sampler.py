@@ -79,9 +79,6 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
         )
         tokens[index] = invert_cdf(probabilities, numbers)
     chosen = tokens.tolist()
-    for request, token in zip(requests, chosen, strict=True):
-        if request.constraint is not None:
-            request.complete = request.constraint.accept(token)
     logprobs: list[float | None] = [None] * len(requests)
     top: list[list[tuple[int, float]] | None] = [None] * len(requests)
     wanted = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
@@ -92,6 +89,9 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
             count = requests[row].sampling.logprobs or 0
             values, ids = logs[place].topk(min(count, logs.shape[1]))
             top[row] = list(zip(ids.tolist(), values.tolist(), strict=True))
+    for request, token in zip(requests, chosen, strict=True):  # last: if memory runs out above, nothing has changed
+        if request.constraint is not None:
+            request.complete = request.constraint.accept(token)
     return Sampled(chosen, logprobs, top)
 
 

@@ -22,18 +22,30 @@ from starlette.websockets import WebSocket
 
 from inference_server.front.auth import TOKEN_HEADER, Gate
 from inference_server.front.control_api import ControlApi
+from inference_server.front.device_sampler import DeviceSampler
 from inference_server.front.errors import ApiError
 from inference_server.front.event_log import EventLog
+from inference_server.front.latency_summary import LatencyStatistics
+from inference_server.front.measurement_api import MeasurementApi
+from inference_server.front.metrics import Metrics
 from inference_server.front.openai_api import OpenAiApi
+from inference_server.front.recorder import Recorder
 from inference_server.front.requests import RequestTable
 from inference_server.front.settings import Settings
 from inference_server.front.supervisor import EngineSupervisor
 from inference_server.front.telemetry import Served, TelemetryHub
+from inference_server.front.telemetry_cost import FrontCost, TelemetryCost
+from inference_server.front.token_book import TokenBook
 from inference_server.front.tokenizer import ModelTokenizer
 from inference_server.protocol import (
     PROTOCOL_VERSION,
+    Ceilings,
+    CeilingsEvent,
     EngineEvent,
     FeaturesEvent,
+    Heartbeat,
+    Instrumentation,
+    NoticeEvent,
     Ready,
     RequestCancelled,
     RequestFailed,
@@ -67,11 +79,48 @@ class Front:
         )
         self.log = EventLog(max_events=settings.log_events, max_bytes=settings.log_bytes)
         self.supervisor = EngineSupervisor(settings, settings.engine_config(), self, _log_folder())
-        self.requests = RequestTable(self.log, self.supervisor.send)
+        self.metrics = Metrics(LatencyStatistics(settings.slo()))
+        self.book = TokenBook(self.log, self.metrics)
+        self.requests = RequestTable(self.log, self.supervisor.send, self.book)
+        self.metrics.states = self.requests.states
+        self.recorder = Recorder(
+            settings.recording_folder,
+            flush_s=settings.recording_flush_s,
+            max_bytes=settings.recording_max_bytes,
+            server=self.server,
+            log=self.log,
+            requests=self.requests,
+        )
         self.telemetry = TelemetryHub(self.log, self._served)
+        self._cost = TelemetryCost()
+        self._sampler = DeviceSampler(
+            settings.device_sample_s,
+            processes=self._processes,
+            device=lambda: self.supervisor.ready.model.device if self.supervisor.ready else None,
+            busy=lambda: bool(len(self.requests)) or self.recorder.active is not None,
+            log=self.log.append,
+        )
+        self._sampling: asyncio.Task[None] | None = None
         self._on_engine_event = on_engine_event
         self._tokenizer: ModelTokenizer | None = None
         self.log.append(self.supervisor.event)
+
+    async def start(self) -> None:
+        """Start the engine and what goes on beside it."""
+        await self.supervisor.start()
+        self._sampling = asyncio.create_task(self._sampler.run())
+        self.recorder.recover()
+
+    async def close(self) -> None:
+        """End all of it."""
+        if self._sampling is not None:
+            self._sampling.cancel()
+        await self.supervisor.close()
+        await self.recorder.close()
+
+    def _processes(self) -> dict[str, int]:
+        engine = self.supervisor.event.pid
+        return {"front": os.getpid()} | ({"engine": engine} if engine is not None else {})
 
     def tokenizer(self) -> ModelTokenizer:
         """Return the loaded model's tokenizer."""
@@ -94,6 +143,9 @@ class Front:
     async def engine_loaded(self, ready: Ready) -> None:
         """Load the model's tokenizer."""
         self._tokenizer = await asyncio.to_thread(ModelTokenizer, ready.model.path)
+        self.metrics.ready(ready)
+        self.book.work = ready.work
+        self.recorder.ready(ready, self.supervisor.versions)
 
     def engine_event(self, event: EngineEvent) -> None:
         """Log a change of the engine."""
@@ -104,12 +156,19 @@ class Front:
     def features_event(self, event: FeaturesEvent) -> None:
         """Log a switch."""
         self.log.append(event)
+        level = event.values.get("instrumentation", "full")
+        self.book.level = msgspec.convert(level, Instrumentation)
 
     def features_settled(self, epoch: int, settled_ns: int) -> None:
         """Log that a switch has settled, unless it was known to need nothing."""
         event = self.log.features
         if event is not None and event.epoch == epoch and event.settled_ns is None:
             self.log.append(msgspec.structs.replace(event, settled_ns=settled_ns))
+
+    def notice(self, event: NoticeEvent) -> None:
+        """Log something that a person should know."""
+        self.log.append(event)
+        _log.warning("notice of the engine", severity=event.severity, text=event.text)
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""
@@ -122,6 +181,22 @@ class Front:
     def request_cancelled(self, cancelled: RequestCancelled) -> None:
         """Nothing to do: the request was ended when the cancellation was sent."""
 
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Work out what watching costs."""
+        cost = FrontCost(
+            front_ns=self.log.spent_ns + self.book.spent_ns + self.telemetry.spent_ns,
+            journal_ns=self.recorder.journal_ns,
+            events=self.log.end,
+            bytes=self.log.appended_bytes,
+        )
+        event = self._cost.measure(heartbeat, cost, self.book.level)
+        if event is not None:
+            self.log.append(event)
+
+    def ceilings_measured(self, ceilings: Ceilings) -> None:
+        """Log what the machine can do at best."""
+        self.log.append(CeilingsEvent(at_ns=time.monotonic_ns(), ceilings=ceilings))
+
     def engine_lost(self, reason: str) -> int:
         """Fail the requests that were in the engine."""
         return self.requests.engine_lost(reason)
@@ -132,9 +207,9 @@ def create_app(front: Front) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await front.supervisor.start()
+        await front.start()
         yield
-        await front.supervisor.close()
+        await front.close()
 
     app = FastAPI(
         title="Inference Workbench",
@@ -155,7 +230,7 @@ def create_app(front: Front) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST", "PATCH"],
+            allow_methods=["GET", "POST", "PATCH", "PUT", "DELETE"],
             allow_headers=["Authorization", "Content-Type", TOKEN_HEADER],
             expose_headers=["X-Request-Id"],
         )
@@ -166,6 +241,7 @@ def create_app(front: Front) -> FastAPI:
     openai = OpenAiApi(front.supervisor, front.requests, front.tokenizer, loading_wait_s=settings.loading_wait_s)
     app.include_router(openai.router)
     app.include_router(ControlApi(front.server, front.supervisor, front.requests, front.log).router)
+    app.include_router(MeasurementApi(front.recorder, front.metrics, front.supervisor, front.log).router)
 
     async def telemetry(websocket: WebSocket) -> None:
         await websocket.accept()

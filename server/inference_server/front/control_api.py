@@ -57,6 +57,8 @@ class ControlApi:
             ("POST", "/engine/start", self.start),
             ("POST", "/engine/stop", self.stop),
             ("POST", "/engine/restart", self.restart),
+            ("POST", "/engine/sleep", self.sleep),
+            ("POST", "/engine/wake", self.wake),
         ):
             self.router.add_api_route(path, handler, methods=[method], response_model=None)
 
@@ -146,6 +148,14 @@ class ControlApi:
         """Stop the engine, which frees the device's memory."""
         await self._supervisor.stop()
         return _json(self._supervisor.event)
+
+    async def sleep(self) -> Response:
+        """Give the device's memory back; running requests wait until the engine is woken."""
+        return _json((await self._supervisor.sleep()).result)
+
+    async def wake(self) -> Response:
+        """Go on after a sleep."""
+        return _json((await self._supervisor.wake()).result)
 
     async def restart(self, body: EngineBody | None = None) -> Response:
         """Stop and start the engine."""

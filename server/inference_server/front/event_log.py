@@ -6,6 +6,7 @@ event of every request, of the engine and of the switches), which a client needs
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +14,23 @@ from dataclasses import dataclass
 import msgspec
 
 from inference_server.protocol import (
+    CeilingsEvent,
     EngineEvent,
     Event,
     FeaturesEvent,
+    NoticeEvent,
+    RecordingEvent,
     RequestEvent,
     RequestState,
     StepEvent,
     TokensEvent,
 )
 
+Tap = Callable[[Event, bytes], None]
+"""Gets every event and its encoding, on the event loop; must not block."""
 ENDED: frozenset[RequestState] = frozenset({"finished", "cancelled", "failed"})
 _RECENT_REQUESTS = 200
+_RECENT_RECORDINGS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class Entry:
     position: int
     encoded: msgspec.Raw
     is_history: bool
-    """A step or its tokens, as opposed to a change of state."""
+    """A step, its tokens or a notice, as opposed to a change of state."""
     size: int
     """Encoded bytes."""
 
@@ -58,7 +65,14 @@ class EventLog:
         self._ended: deque[int] = deque()
         self._engine: tuple[Entry, EngineEvent] | None = None
         self._features: tuple[Entry, FeaturesEvent] | None = None
+        self._ceilings: tuple[Entry, CeilingsEvent] | None = None
+        self._recordings: dict[str, tuple[Entry, RecordingEvent]] = {}
         self._listeners: set[Callable[[], None]] = set()
+        self._tap: Tap | None = None
+        self.spent_ns = 0
+        """What appending has cost so far."""
+        self.appended_bytes = 0
+        """Encoded bytes of all events so far."""
 
     @property
     def end(self) -> int:
@@ -86,6 +100,16 @@ class EventLog:
         return self._features[1] if self._features else None
 
     @property
+    def ceilings(self) -> CeilingsEvent | None:
+        """What the machine can do at best, once measured."""
+        return self._ceilings[1] if self._ceilings else None
+
+    @property
+    def recordings(self) -> list[RecordingEvent]:
+        """The newest event of the latest recordings, oldest first."""
+        return [event for _, event in self._recordings.values()]
+
+    @property
     def requests(self) -> list[RequestEvent]:
         """The newest event of every active request and of the most recent ended ones, oldest request first."""
         return [event for _, event in self._requests.values()]
@@ -95,13 +119,18 @@ class EventLog:
         self._listeners.add(listener)
         return lambda: self._listeners.discard(listener)
 
+    def tap(self, tap: Tap | None) -> None:
+        """Give every event from now on to ``tap`` as well; ``None`` ends that."""
+        self._tap = tap
+
     def append(self, event: Event) -> None:
         """Add an event and wake the listeners. Takes some microseconds and never blocks."""
+        begin = time.monotonic_ns()
         encoded = self._encoder.encode(event)
         entry = Entry(
             position=self._next,
             encoded=msgspec.Raw(encoded),
-            is_history=isinstance(event, StepEvent | TokensEvent),
+            is_history=isinstance(event, StepEvent | TokensEvent | NoticeEvent),
             size=len(encoded),
         )
         self._next += 1
@@ -111,6 +140,10 @@ class EventLog:
             self._bytes -= self._ring.popleft().size
         if not entry.is_history:
             self._keep_state(entry, event)
+        if self._tap is not None:
+            self._tap(event, encoded)
+        self.appended_bytes += entry.size
+        self.spent_ns += time.monotonic_ns() - begin
         for listener in self._listeners:
             listener()
 
@@ -146,7 +179,8 @@ class EventLog:
         A client that missed that stretch of the log knows every state again once it has these.
         """
         entries = [entry for entry, _ in self._requests.values()]
-        entries += [kept[0] for kept in (self._engine, self._features) if kept is not None]
+        entries += [kept[0] for kept in (self._engine, self._features, self._ceilings) if kept is not None]
+        entries += [entry for entry, _ in self._recordings.values()]
         return sorted((e for e in entries if begin <= e.position < end), key=lambda entry: entry.position)
 
     def _keep_state(self, entry: Entry, event: Event) -> None:
@@ -161,3 +195,9 @@ class EventLog:
             self._engine = (entry, event)
         elif isinstance(event, FeaturesEvent):
             self._features = (entry, event)
+        elif isinstance(event, CeilingsEvent):
+            self._ceilings = (entry, event)
+        elif isinstance(event, RecordingEvent):
+            self._recordings[event.id] = (entry, event)
+            while len(self._recordings) > _RECENT_RECORDINGS:
+                del self._recordings[next(iter(self._recordings))]

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inference_server.protocol import EngineEvent
 
-_STYLES = {"ready": "green", "failed": "red", "restarting": "yellow", "stopped": "yellow"}
+_STYLES = {"ready": "green", "failed": "red", "restarting": "yellow", "stopped": "yellow", "asleep": "yellow"}
 
 
 class EngineProgress:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from inference_server.front.detokenizer import Detokenizer, StopStrings
 from inference_server.front.errors import ApiError
@@ -28,8 +29,11 @@ from inference_server.protocol import (
     StepReport,
     Submit,
     ToEngine,
-    TokensEvent,
 )
+from inference_server.recording.journal import RequestDetail
+
+if TYPE_CHECKING:
+    from inference_server.front.token_book import TokenBook
 
 _PREVIEW_LENGTH = 80
 _SENT_WITHIN_S = 0.05
@@ -51,8 +55,17 @@ class Sample:
     max_tokens: int = 0
     state: RequestState = "queued"
     output_tokens: int = 0
+    submitted_ns: int | None = None
+    started_ns: int | None = None
+    preemptions: int = 0
+    seed: int | None = None
+    priority: int = 0
+    detail: RequestDetail | None = None
+    leader: Sample | None = None
+    """The sample that computes the prompt for this one; ``None`` for itself."""
     first_token_ns: int | None = None
     last_sent_ns: int | None = None
+    longest_itl_ns: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
     failure: ApiError | None = None
@@ -75,6 +88,8 @@ class Output:
     finish: FinishReason | None = None
     step: StepTokens | None = None
     place: int = 0
+    known_ns: int = 0
+    """When its text was known."""
 
     def sent(self, now_ns: int) -> None:
         """Say that the client's connection has taken it."""
@@ -82,15 +97,21 @@ class Output:
             self.step.sent(self.place, now_ns)
 
 
+SentToken = tuple[Output, int, int]
+"""A token's output, its id, and when it was sent."""
+
+
 class StepTokens:
     """The tokens of one step on their way out: logged once all are sent, or in parts where a connection is slow."""
 
-    __slots__ = ("_delay_s", "_first_sent", "_log", "_outputs", "_sent_ns", "_step", "_timer", "_waiting")
+    __slots__ = ("_book", "_delay_s", "_outputs", "_sent_ns", "_timer", "_waiting", "received_ns", "step")
 
-    def __init__(self, step: int, log: EventLog, first_sent: Callable[[Sample, int], None]) -> None:
-        self._step = step
-        self._log = log
-        self._first_sent = first_sent
+    def __init__(self, step: int | None, received_ns: int, book: Callable[[StepTokens, list[SentToken]], None]) -> None:
+        self.step = step
+        """Number of the step; ``None`` while steps are not recorded."""
+        self.received_ns = received_ns
+        """When the front began with the step's tokens."""
+        self._book = book
         self._delay_s = _SENT_WITHIN_S
         self._outputs: list[Output | None] = []
         self._sent_ns: list[int] = []
@@ -120,35 +141,20 @@ class StepTokens:
             self._log_sent()
 
     def _log_sent(self) -> None:
-        event = TokensEvent(
-            step=self._step, request=[], index=[], token_id=[], text=[], logprob=[], sent_ns=[], latency_ns=[]
-        )
-        first: list[tuple[Sample, int]] = []
+        sent: list[SentToken] = []
         for place, output in enumerate(self._outputs):
             if output is None or output.token_id is None:
                 continue
-            sample, sent_ns = output.sample, self._sent_ns[place]
+            sent_ns = self._sent_ns[place]
             if not sent_ns:
-                if sample.generation.closed:  # it never will be
+                if output.sample.generation.closed:  # it never will be
                     self._outputs[place] = None
                     self._waiting -= 1
                 continue
             self._outputs[place] = None
-            if output.index == 0:
-                first.append((sample, sent_ns))
-            before = sample.last_sent_ns if sample.last_sent_ns is not None else sample.generation.arrival_ns
-            sample.last_sent_ns = sent_ns
-            event.request.append(sample.handle)
-            event.index.append(output.index)
-            event.token_id.append(output.token_id)
-            event.text.append(output.token_text)
-            event.logprob.append(output.logprob)
-            event.sent_ns.append(sent_ns)
-            event.latency_ns.append(sent_ns - before)
-        if event.request:
-            self._log.append(event)
-        for sample, sent_ns in first:
-            self._first_sent(sample, sent_ns)
+            sent.append((output, output.token_id, sent_ns))
+        if sent:
+            self._book(self, sent)
         self._timer = None
         if self._waiting:
             self._delay_s = min(2 * self._delay_s, _SLOWEST_LOOK_S)
@@ -210,14 +216,18 @@ class RequestTable:
         Gets the requests' events and their tokens.
     send
         Sends a command to the engine.
+    book
+        Gets every token that was sent and every request that ended.
     """
 
-    def __init__(self, log: EventLog, send: Callable[[ToEngine], None]) -> None:
+    def __init__(self, log: EventLog, send: Callable[[ToEngine], None], book: TokenBook) -> None:
         self._log = log
         self._send = send
+        self._book = book
         self._handles = itertools.count(1)
         self._samples: dict[int, Sample] = {}
-        self._preempted: set[int] = set()
+        self.on_detail: Callable[[RequestDetail], None] | None = None
+        """Gets what each request asked for, while something is recorded."""
 
     def __len__(self) -> int:
         """Return how many requests have not ended."""
@@ -280,18 +290,33 @@ class RequestTable:
             Feature values that hold for this generation alone.
         """
         each = generation.samples_per_prompt
+        now = time.monotonic_ns()
         for number, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+            ids = tuple(prompt)
             samples = generation.samples[number * each : (number + 1) * each]
             for sample in samples:
                 sample.prompt_tokens = len(prompt)
                 sample.max_tokens = params.max_tokens
                 sample.detokenizer = tokenizer.detokenizer()
                 sample.stops = StopStrings(stops)
+                sample.priority = priority
+                sample.submitted_ns = now
+                sample.leader = samples[0] if sample is not samples[0] else None
+                sample.detail = RequestDetail(
+                    request=sample.handle,
+                    prompt=ids,
+                    sampling=params,
+                    overrides=dict(overrides or {}),
+                    stops=tuple(stops),
+                    streaming=generation.streaming,
+                )
                 self._tell(sample)
+                if self.on_detail is not None:
+                    self.on_detail(sample.detail)
             self._send(
                 Submit(
                     requests=tuple(sample.handle for sample in samples),
-                    prompt=tuple(prompt),
+                    prompt=ids,
                     sampling=params,
                     arrival_ns=generation.arrival_ns,
                     priority=priority,
@@ -327,23 +352,26 @@ class RequestTable:
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and send its tokens on their way. The hot path: constant work per token."""
-        self._log.append(report.step)
-        if report.kv_events is not None:
-            self._log.append(report.kv_events)
-        for handle, cached in zip(report.started, report.cached, strict=False):
-            if (started := self._samples.get(handle)) is not None:
-                started.cached_tokens = max(started.cached_tokens, cached)
+        received_ns = time.monotonic_ns()
+        self._book.step(report)
+        started = zip(report.started, report.cached, report.seeds or itertools.repeat(None), strict=False)
+        for handle, cached, seed in started:
+            sample = self._samples.get(handle)
+            if sample is None:
+                continue
+            sample.cached_tokens = max(sample.cached_tokens, cached)
+            sample.seed = seed
+            if sample.started_ns is None:
+                sample.started_ns = report.begin_ns
+                self._book.started(sample)
         for handle in report.started:
             self._change_state(handle, "running")
-        if self._preempted:
-            for handle in self._preempted.intersection(report.step.request):
-                self._preempted.discard(handle)
-                self._change_state(handle, "running")
         for handle in report.preempted:
-            self._preempted.add(handle)
+            if (preempted := self._samples.get(handle)) is not None:
+                preempted.preemptions += 1
             self._change_state(handle, "preempted")
         tokens = report.tokens
-        outgoing = StepTokens(report.step.step, self._log, self._first_sent)
+        outgoing = StepTokens(report.step.step if report.step else None, received_ns, self._sent)
         at_once: list[Output] = []
         for handle, index, token_id, logprob, top, finish in zip(
             tokens.request, tokens.index, tokens.token_id, tokens.logprob, tokens.top, tokens.finish, strict=True
@@ -353,15 +381,14 @@ class RequestTable:
                 continue  # cancelled, or ended by a stop string, while the step ran
             output = self._output(sample, index, token_id, finish)
             output.logprob, output.top = logprob, top
+            output.known_ns = time.monotonic_ns()
             outgoing.add(output)
             sample.generation.post(output)
             if not sample.generation.streaming:
                 at_once.append(output)
         outgoing.begin()
-        if at_once:
-            now = time.monotonic_ns()
-            for output in at_once:
-                output.sent(now)
+        for output in at_once:
+            output.sent(output.known_ns)
 
     def _output(self, sample: Sample, index: int, token_id: int, finish: FinishReason | None) -> Output:
         assert sample.detokenizer is not None
@@ -383,6 +410,14 @@ class RequestTable:
             self._end(sample, "failed" if finish == "error" else "finished", finish)
         return Output(sample, shown, token_id=token_id, index=index, token_text=text, finish=finish)
 
+    def states(self) -> list[RequestState]:
+        """Return the states of the requests that have not ended."""
+        return [sample.state for sample in self._samples.values()]
+
+    def details(self) -> list[RequestDetail]:
+        """Return what the requests that have not ended asked for."""
+        return [sample.detail for sample in self._samples.values() if sample.detail is not None]
+
     def request_failed(self, failure: RequestFailed) -> None:
         """End a request that the engine gave up."""
         sample = self._samples.get(failure.request)
@@ -400,9 +435,17 @@ class RequestTable:
 
     # -- states ------------------------------------------------------------------------------------------------------
 
-    def _first_sent(self, sample: Sample, sent_ns: int) -> None:
-        sample.first_token_ns = sent_ns
-        self._tell(sample)
+    def _sent(self, step: StepTokens, tokens: list[SentToken]) -> None:
+        """Book what the clients have taken; tell once more of requests whose first or last token it was."""
+        self._book.tokens(step, tokens)
+        for output, _, sent_ns in tokens:
+            sample = output.sample
+            if output.index == 0:
+                sample.first_token_ns = sent_ns
+            if output.finish in {"stop", "length"}:
+                self._book.finished(sample)
+            if output.index == 0 or output.finish is not None:
+                self._tell(sample)
 
     def _fail(self, sample: Sample, error: ApiError) -> None:
         if sample.state in ENDED:
@@ -422,7 +465,7 @@ class RequestTable:
         sample.state = state
         sample.finish_reason = reason
         self._samples.pop(sample.handle, None)
-        self._preempted.discard(sample.handle)
+        self._book.ended(sample, reason)
         self._tell(sample)
 
     def _tell(self, sample: Sample) -> None:
@@ -443,5 +486,11 @@ class RequestTable:
                 finish_reason=sample.finish_reason,
                 error=sample.error,
                 group=generation.samples[0].handle if len(generation.samples) > 1 else None,
+                submitted_ns=sample.submitted_ns,
+                started_ns=sample.started_ns,
+                last_token_ns=sample.last_sent_ns,
+                preemptions=sample.preemptions,
+                seed=sample.seed,
+                priority=sample.priority,
             )
         )

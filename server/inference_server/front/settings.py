@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import secrets
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
+from platformdirs import user_data_path
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
 from inference_server.discovery import Origin
+from inference_server.front.latency_summary import Slo
 from inference_server.protocol import EngineConfig
 
 DEFAULT_PORT = 8765
@@ -59,6 +62,24 @@ class Settings(BaseSettings):
     log_bytes: int = Field(default=64 << 20, gt=0)
     """Memory bound of the same."""
 
+    recording_folder: Path = Field(default_factory=lambda: _data_folder() / "recordings")
+    recording_flush_s: float = Field(default=1.0, gt=0)
+    """How often a recording's journal is flushed: what a crash may cost at most."""
+    recording_max_bytes: int = Field(default=2 << 30, gt=0)
+    """Size of the journal at which a recording ends by itself."""
+    device_sample_s: float = Field(default=1.0, gt=0)
+    """Seconds between two samples of the hardware while there is work."""
+
+    slo_ttft_ms: float | None = Field(default=None, gt=0)
+    """Objectives at the start; ``PUT /slo`` changes them."""
+    slo_tpot_ms: float | None = Field(default=None, gt=0)
+    slo_itl_ms: float | None = Field(default=None, gt=0)
+    slo_e2e_ms: float | None = Field(default=None, gt=0)
+
+    def slo(self) -> Slo:
+        """Return the objectives."""
+        return Slo(ttft_ms=self.slo_ttft_ms, tpot_ms=self.slo_tpot_ms, itl_ms=self.slo_itl_ms, e2e_ms=self.slo_e2e_ms)
+
     def engine_config(self) -> EngineConfig:
         """Return what the engine is started with.
 
@@ -79,6 +100,10 @@ class Settings(BaseSettings):
             },
             EngineConfig,
         )
+
+
+def _data_folder() -> Path:
+    return user_data_path("inference-workbench", appauthor=False)
 
 
 class SettingsError(ValueError):

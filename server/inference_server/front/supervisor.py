@@ -26,6 +26,8 @@ from inference_server.front.settings import Settings
 from inference_server.protocol import (
     EXIT_LOAD_FAILED,
     PROTOCOL_VERSION,
+    Ceilings,
+    CeilingsMeasured,
     CheckIntegrity,
     CommandDone,
     CommandFailed,
@@ -40,6 +42,9 @@ from inference_server.protocol import (
     Hello,
     LoadFailed,
     LoadProgress,
+    MeasureCeilings,
+    Notice,
+    NoticeEvent,
     Ping,
     Pong,
     Ready,
@@ -47,8 +52,10 @@ from inference_server.protocol import (
     RequestFailed,
     SetFeatures,
     Shutdown,
+    Sleep,
     StepReport,
     ToEngine,
+    Wake,
 )
 
 _log = structlog.get_logger(__name__)
@@ -105,6 +112,9 @@ class Listener(Protocol):
     def features_settled(self, epoch: int, settled_ns: int) -> None:
         """The requests that a switch interrupted have all gone on."""
 
+    def notice(self, event: NoticeEvent) -> None:
+        """The engine has something to say to a person."""
+
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
 
@@ -113,6 +123,12 @@ class Listener(Protocol):
 
     def request_cancelled(self, cancelled: RequestCancelled) -> None:
         """The engine confirmed a cancellation."""
+
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
+        """The engine gave its sign of life, with its counters."""
+
+    def ceilings_measured(self, ceilings: Ceilings) -> None:
+        """It became known what the machine can do at best."""
 
     def engine_lost(self, reason: str) -> int:
         """Every request in the engine is lost; end them and return how many."""
@@ -159,6 +175,8 @@ class EngineSupervisor:
         self._restarts = 0
         self.ready: Ready | None = None
         """What the engine said when it was ready; ``None`` whenever it is not."""
+        self.versions: dict[str, str] = {}
+        """Of the engine's libraries, as its newest process said."""
         self.event = EngineEvent(state="stopped", at_ns=time.monotonic_ns(), message="The engine was not started.")
         """The newest state."""
 
@@ -169,6 +187,8 @@ class EngineSupervisor:
         async with self._lock:
             if self._runner is not None and not self._runner.done():
                 if model is None or model == self._config.model:
+                    if self.event.state == "asleep":
+                        await self._wake()
                     return
                 await self._halt("The engine was stopped to load another model.")
             self._launch(model)
@@ -178,6 +198,37 @@ class EngineSupervisor:
         async with self._lock:
             await self._halt("The engine was stopped.")
             self._tell("stopped", message="The engine was stopped; start it again to use it.")
+
+    async def sleep(self) -> CommandDone:
+        """Let the engine give the device's memory back and keep its requests.
+
+        Raises
+        ------
+        ApiError
+            409 or 422 with the reason if it cannot; 503 or 504 if it did not answer.
+        """
+        async with self._lock:
+            answer = await self._done(Sleep)
+            freed, waiting = answer.result["device_bytes"], answer.result["requests"]
+            requests = "No request waits." if not waiting else f"{waiting} requests wait and will go on."
+            self._tell("asleep", message=f"Asleep: {freed / 1e9:.2f} GB were given back. {requests} Wake it to use it.")
+            return answer
+
+    async def wake(self) -> CommandDone:
+        """Let a sleeping engine go on.
+
+        Raises
+        ------
+        ApiError
+            As :meth:`sleep`.
+        """
+        async with self._lock:
+            return await self._wake()
+
+    async def _wake(self) -> CommandDone:
+        answer = await self._done(Wake)
+        self._tell("ready", message=f"Awake after {answer.result['duration_ns'] / 1e9:.2f} s.")
+        return answer
 
     async def restart(self, *, model: str | None = None) -> None:
         """Stop and start. Requests in the engine fail."""
@@ -214,6 +265,8 @@ class EngineSupervisor:
                     "Try again when it is.",
                     code="engine_loading",
                 ) from None
+        if self.event.state == "asleep":
+            raise ApiError(503, f"The engine is asleep. {self.event.message}", code="engine_asleep")
         return self.ready
 
     def send(self, command: ToEngine) -> None:
@@ -242,10 +295,23 @@ class EngineSupervisor:
         ApiError
             422 with what is wrong; 503 or 504 if it did not answer.
         """
-        answer = await self._ask(CheckIntegrity)
+        return await self._done(CheckIntegrity)
+
+    async def _done(self, command: Callable[[int], ToEngine]) -> CommandDone:
+        answer = await self._ask(command)
         if not isinstance(answer, CommandDone):
-            raise ApiError(500, "The engine answered something else than a check.")
+            raise ApiError(500, f"The engine answered something else than {command}.")
         return answer
+
+    async def measure_ceilings(self) -> None:
+        """Let the engine measure what the machine can do at best, when it is idle; returns once it has.
+
+        Raises
+        ------
+        ApiError
+            503 or 504 if it did not answer.
+        """
+        await self._ask(lambda correlation: MeasureCeilings(correlation, again=True))
 
     async def _ask(self, command: Callable[[int], ToEngine]) -> FeaturesApplied | CommandDone:
         if self.ready is None:
@@ -425,7 +491,9 @@ class EngineSupervisor:
             case StepReport():
                 self._listener.step_report(self._in_front_terms(message))
             case Heartbeat():
-                pass
+                self._listener.heartbeat(message)
+            case CeilingsMeasured():
+                self._listener.ceilings_measured(message.ceilings)
             case Pong():
                 self._clock.sample(
                     sent_ns=message.sent_ns, engine_ns=message.engine_ns, received_ns=time.monotonic_ns()
@@ -442,7 +510,10 @@ class EngineSupervisor:
                 self._resolve(message.correlation, message)
             case CommandFailed():
                 self._reject(message)
+            case Notice(severity, text):
+                self._listener.notice(NoticeEvent(severity, time.monotonic_ns(), text))
             case Hello():
+                self.versions = message.versions
                 if message.protocol != PROTOCOL_VERSION:
                     process.kill(f"it speaks protocol {message.protocol} and the server {PROTOCOL_VERSION}")
                     return
@@ -491,6 +562,8 @@ class EngineSupervisor:
                 settled_ns=now,
             )
         )
+        if ready.ceilings is not None:
+            self._listener.ceilings_measured(ready.ceilings)
         self._tell("ready", message=f"{ready.model.name} is ready ({ready.load_ns / 1e9:.1f} s).")
 
     def _features_applied(self, applied: FeaturesApplied) -> None:
@@ -535,8 +608,12 @@ class EngineSupervisor:
             future.set_exception(ApiError(422, refusal.error, code="refused"))
 
     def _in_front_terms(self, report: StepReport) -> StepReport:
-        step = report.step
-        number, epoch, offset = step.step + self._step_base, step.epoch + self._epoch_base, self._clock.offset_ns
+        step, offset = report.step, self._clock.offset_ns
+        if offset:
+            report = msgspec.structs.replace(report, begin_ns=report.begin_ns + offset)
+        if step is None:
+            return report
+        number, epoch = step.step + self._step_base, step.epoch + self._epoch_base
         self._next_step = number + 1
         if number == step.step and epoch == step.epoch and not offset:
             return report

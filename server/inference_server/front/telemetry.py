@@ -18,6 +18,7 @@ from inference_server.front.event_log import EventLog
 from inference_server.protocol import (
     PROTOCOL_VERSION,
     Capacity,
+    Ceilings,
     ClientMessage,
     ClockReply,
     ClockRequest,
@@ -27,6 +28,7 @@ from inference_server.protocol import (
     FeatureSpec,
     Message,
     ModelInfo,
+    RecordingEvent,
     RequestEvent,
     ServerError,
     ServerInfo,
@@ -56,6 +58,8 @@ class _RawSnapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     features: FeaturesEvent | None
     requests: list[RequestEvent]
     history: list[msgspec.Raw]
+    recordings: list[RecordingEvent]
+    ceilings: Ceilings | None
 
 
 class _RawFrame(Message, frozen=True, tag="frame", kw_only=True):
@@ -92,10 +96,12 @@ class TelemetryHub:
     def __init__(self, log: EventLog, served: Callable[[], Served]) -> None:
         self._log = log
         self._served = served
+        self.spent_ns = 0
+        """What making frames has cost so far."""
 
     async def handle(self, websocket: WebSocket) -> None:
         """Serve one accepted connection until it ends."""
-        client = _Client(websocket, self._log)
+        client = _Client(websocket, self._log, self._count_cost)
         try:
             subscribe = await asyncio.wait_for(client.first_message(), _SUBSCRIBE_WITHIN_S)
             await client.send(self._snapshot(client, subscribe))
@@ -115,6 +121,9 @@ class TelemetryHub:
                 task.cancel()
             await asyncio.gather(sender, receiver, return_exceptions=True)
 
+    def _count_cost(self, spent_ns: int) -> None:
+        self.spent_ns += spent_ns
+
     def _snapshot(self, client: _Client, subscribe: Subscribe) -> bytes:
         """Make the snapshot and put the client's cursor right behind it."""
         client.accept(subscribe, self._log.end)
@@ -131,6 +140,8 @@ class TelemetryHub:
             features=self._log.features,
             requests=self._log.requests,
             history=[entry.encoded for entry in history],
+            recordings=self._log.recordings,
+            ceilings=self._log.ceilings.ceilings if self._log.ceilings else None,
         )
         return msgspec.msgpack.encode(snapshot)
 
@@ -138,8 +149,9 @@ class TelemetryHub:
 class _Client:
     """One connection: its cursor, its credits and its pace."""
 
-    def __init__(self, websocket: WebSocket, log: EventLog) -> None:
+    def __init__(self, websocket: WebSocket, log: EventLog, count_cost: Callable[[int], None]) -> None:
         self._websocket = websocket
+        self._count_cost = count_cost
         self._log = log
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
@@ -223,6 +235,7 @@ class _Client:
 
     def _next_frame(self) -> bytes:
         """Encode the next events, and move the cursor behind them."""
+        begin = time.monotonic_ns()
         pending = self._log.since(self._cursor, max_bytes=_BACKLOG_BYTES)
         events: list[msgspec.Raw] = []
         dropped = 0
@@ -238,9 +251,10 @@ class _Client:
             events.append(entry.encoded)
             self._cursor = entry.position + 1
         self._seq += 1
-        return self._encoder.encode(
-            _RawFrame(seq=self._seq, now_ns=time.monotonic_ns(), dropped=dropped, events=events)
-        )
+        now = time.monotonic_ns()
+        frame = self._encoder.encode(_RawFrame(seq=self._seq, now_ns=now, dropped=dropped, events=events))
+        self._count_cost(time.monotonic_ns() - begin)
+        return frame
 
     async def _receive(self) -> ClientMessage | None:
         """Return the next message, or ``None`` after complaining about one that cannot be understood."""

@@ -34,6 +34,7 @@ class RunningFront:
             **os.environ,
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
             "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_DATA_HOME": str(folder / "data"),
             "INFERENCE_WORKBENCH_TOKEN": TOKEN,
             "PYTHONPATH": os.pathsep.join(sys.path),
             **environment,

@@ -33,6 +33,7 @@ from inference_server.protocol import (
     LoadFailed,
     LoadProgress,
     ModelInfo,
+    Notice,
     Ping,
     Pong,
     Ready,
@@ -216,6 +217,8 @@ class ScriptedEngine:
                 sys.exit(3)
             case "goes-silent":
                 self.silent = True
+            case "has-something-to-say" if self.steps == self.options.after:
+                self.say(Notice("error", "a block leaked"))
             case "babbles":
                 with self.lock:
                     self.reports.send(b"\x93not a message")

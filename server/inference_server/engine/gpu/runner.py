@@ -280,7 +280,10 @@ class GpuRunner:
             arrived.record()
         self.greedy = Selection(host, kept, begin, end, arrived)
         if capture:
-            self._graphs[packed.bucket] = self._capture(packed.bucket)
+            try:
+                self._graphs[packed.bucket] = self._capture(packed.bucket)
+            except torch.OutOfMemoryError:  # the step itself is under way; the next of its size will try again
+                torch.cuda.empty_cache()
         return logits
 
     def _decode_step(self, bucket: int) -> tuple[Tensor, Tensor, bool]:
@@ -483,6 +486,11 @@ class GpuRunner:
             what += blocks[filled:]
             seat.filled = count
         return seat.index
+
+    def forget_graphs(self) -> None:
+        """Give up the captured graphs: they hold addresses that are about to change, and memory."""
+        self._graphs.clear()
+        self._pool = None
 
     def _reset_tables(self) -> None:
         self._block_size = self.tensors.block_size
