@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT / "server"), str(ROOT / "benchmarks")]
 from gpu import SHAPES, bandwidth, timed
 
 from inference_server.engine.gpu import kernels
-from inference_server.engine.gpu.linear import SHARED_MEMORY, Tile, choose_tile, cut_rows, linear, stages_of
+from inference_server.engine.gpu.linear import linear
+from inference_server.engine.gpu.tiles import SHARED_MEMORY, Tile, choose_tile, cut_rows, stages_of
 
 READ = 3e12
 """Bytes per second at which the next kernel reads parts, most of them from the cache."""

@@ -1,4 +1,4 @@
-"""Whole decode steps on one GPU by the tiles of their products: where the table in ``linear.py`` comes from.
+"""Whole decode steps on one GPU by the tiles of their products: where the table in ``tiles.py`` comes from.
 
     python benchmarks/gpu_linears.py --out linears.jsonl       # products alone
     python benchmarks/gpu_steps.py linears.jsonl --out FILE    # the best of these in a step of eight layers
@@ -27,7 +27,8 @@ from gpu_linears import matrices
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.gpu import kernels, runner
-from inference_server.engine.gpu.linear import Tile, choose_tile, linear
+from inference_server.engine.gpu.linear import linear
+from inference_server.engine.gpu.tiles import Tile, choose_tile
 from inference_server.engine.llama import Architecture, Layer
 
 LAYERS, CONTEXT, BLOCK = 8, 300, 16
@@ -136,11 +137,6 @@ def tune(made: runner.GpuRunner, shape: str, m: int, alone: list[dict[str, Any]]
         choice[key] = kept
         log[name] = list(kept) if kept is not None else None
     log["best"] = step()
-    for flag in ("EARLY", "ATTEND_AHEAD"):
-        if hasattr(kernels, flag):
-            setattr(kernels, flag, False)
-            log[f"without {flag}"] = step()
-            setattr(kernels, flag, True)
     chosen = dict(choice)
     choice.update({key: choose_tile(*key[:2], m, gated=key[2]) for key in choice})
     log["chosen"] = step()

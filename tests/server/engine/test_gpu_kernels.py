@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from architectures import build
 
 from inference_server.engine.attention import NAME, PagedKVTensors
-from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu import kernels, runner
 from inference_server.engine.gpu.runner import GpuRunner
 from inference_server.engine.llama import fuse
 from inference_server.engine.request import Request
@@ -234,7 +234,12 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "mistral-window", "qwen3"] if CUDA else ["mistral-window", "qwen3"])
-def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(name: str) -> None:
+@pytest.mark.parametrize("mixed_decode_rows", [1, 100])
+def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(
+    name: str, mixed_decode_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MIXED_DECODE_ROWS", mixed_decode_rows)
+    monkeypatch.setattr(runner, "SORTED_ROWS", mixed_decode_rows)
     model: Any = build(name).to(DEVICE)
     model.set_attn_implementation(NAME)
     tensors = PagedKVTensors(64, 16, torch.device(DEVICE), torch.float32)

@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from test_gpu_kernels import DEVICE, DTYPES, normed, relative, tolerance
 
 from inference_server.engine.gpu import kernels
-from inference_server.engine.gpu.linear import MAX_ROWS, SHARED_MEMORY, Tile, choose_tile, linear
+from inference_server.engine.gpu.linear import linear
+from inference_server.engine.gpu.tiles import MAX_ROWS, SHARED_MEMORY, Tile, choose_tile
 
 TILES = [
     Tile(16, 0, 64, 32, 1, 2, 4, bulk=False, ahead=1),

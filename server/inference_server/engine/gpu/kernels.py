@@ -11,6 +11,7 @@ only then waits for the other's results (``gdc_wait``).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,27 +29,39 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-_compiling = False
+class _Mode(threading.local):
+    compiling = False
+
+
+_mode = _Mode()
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within, the functions of this module compile their kernels, many at once, and launch nothing."""
-    global _compiling  # noqa: PLW0603 - every launch of this module has to know
+    """Within, the functions of this module compile their kernels, many at once, and launch nothing.
+
+    It holds for the calling thread alone: others may launch meanwhile.
+    """
     if INTERPRETED:
         yield
         return
-    _compiling = True
+    _mode.compiling = True
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
-        _compiling = False
+        _mode.compiling = False
+
+
+def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = x @ weight.T`` by cuBLAS."""
+    if not _mode.compiling:
+        torch.mm(x, weight.t(), out=out)
 
 
 def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What launches ``kernel`` on ``grid``, or only compiles it."""
-    if _compiling:
+    if _mode.compiling:
         return partial(kernel.run, grid=grid, warmup=True)
     launch: Callable[..., Any] = kernel[grid]
     return launch
@@ -56,12 +69,9 @@ def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    elif PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -215,7 +225,7 @@ def gemv(
         residual is not None,
         rows,
         columns,
-        early(pdl),
+        pdl,
         num_warps=warps,
         **launch_options(pdl),
     )
@@ -229,7 +239,7 @@ def gemv_gate_up(
     rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
     start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
-        x, gain, weight, out, n, k, eps, rows, columns, early(pdl), num_warps=warps, **launch_options(pdl)
+        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **launch_options(pdl)
     )
 
 
@@ -253,7 +263,7 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
     start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
-        ids, seats, last, table, residual, hidden, block, early(pdl), num_warps=4, **launch_options(pdl)
+        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **launch_options(pdl)
     )
 
 
@@ -298,7 +308,7 @@ def add_norm(
     parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
     apart = residual.shape[0] * hidden
     start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, early(pdl),
+        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
         num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 
@@ -319,7 +329,7 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     rows, width = out.shape
     block = min(triton.next_power_of_2(width), 1024)
     start(_silu_kernel, (rows, triton.cdiv(width, block)))(
-        both, out, width, block, early(pdl), num_warps=4, **launch_options(pdl)
+        both, out, width, block, pdl, num_warps=4, **launch_options(pdl)
     )
 
 
@@ -366,8 +376,9 @@ def _attend_decode_kernel(
     IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    head = tl.program_id(1)
+    # The heads of a row side by side: their keys lie in the same pages of memory.
+    head = tl.program_id(0)
+    row = tl.program_id(1)
     split = tl.program_id(2)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     if ORDERED:
@@ -486,13 +497,13 @@ def _attend_decode_kernel(
                     tl.store(counters + row * KV + head, 0)
 
 
-@triton.jit(do_not_specialize=["table_width", "block_size"])
+@triton.jit(do_not_specialize=["first", "table_width", "block_size"])
 def _rotate_write_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, table_width, block_size,
+    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = first + tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
     d = tl.arange(0, D)
     base = qkv + row * ((H + 2 * KV) * D)
@@ -516,15 +527,51 @@ def _rotate_write_kernel(
         tl.store(values + place, v.to(values.dtype.element_ty), mask=owned)
 
 
+@triton.jit
+def _attend_tiles(
+    q, position, keys, values, table, low, stop, largest, weight, total, scale, block_size, head,
+    KV: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of queries to the positions ``[low, stop)``, added to what it attended to before."""
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    d = tl.arange(0, D)
+    for start in tl.range(low, stop, BLOCK, num_stages=STAGES):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < stop
+        slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
+        where = slot * (KV * D) + head * D
+        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+        if MASKED:
+            seen = (p[None, :] <= position[:, None]) & inside[None, :]
+            if WINDOW > 0:
+                seen = seen & (p[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        # A row may see nothing of a tile yet: −inf − −inf would be no number.
+        peak = tl.maximum(tl.maximum(largest, tl.max(scores, axis=1)), -1e30)
+        factor = tl.exp2(largest - peak)
+        shares = tl.exp2(scores - peak[:, None])
+        weight = weight * factor + tl.sum(shares, axis=1)
+        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            v = v.to(tl.float32)
+        total = total * factor[:, None]
+        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+        largest = peak
+    return largest, weight, total
+
+
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_varlen_kernel(
     qkv, tiles, tables, keys, values, out, scale, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
     seat = tl.load(tiles + tile * 4)
     first = tl.load(tiles + tile * 4 + 1)
     begin = tl.load(tiles + tile * 4 + 2)
@@ -539,43 +586,28 @@ def _attend_varlen_kernel(
     if WIDE:
         q = q.to(tl.float32)
     position = begin + token
-    length = begin + count
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(begin + 1 - WINDOW, 0)
     table = tables + seat * table_width
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, D), dtype=tl.float32)
-    for start in tl.range(low, length, BLOCK, num_stages=STAGES):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < length
-        slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
-        where = slot * (KV * D) + head * D
-        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            k = k.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
-        seen = p[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (p[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen & inside[None, :], scores, float("-inf"))
-        # A row may see nothing of a tile yet: −inf − −inf would be no number.
-        peak = tl.maximum(tl.maximum(largest, tl.max(scores, axis=1)), -1e30)
-        factor = tl.exp2(largest - peak)
-        shares = tl.exp2(scores - peak[:, None])
-        weight = weight * factor + tl.sum(shares, axis=1)
-        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            v = v.to(tl.float32)
-        total = total * factor[:, None]
-        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
-        largest = peak
+    if WINDOW > 0:
+        masked = tl.maximum(begin + 1 - WINDOW, 0)
+    else:
+        # Positions that every query of the tile sees need no mask.
+        masked = begin // BLOCK * BLOCK
+        largest, weight, total = _attend_tiles(
+            q, position, keys, values, table, 0, masked, largest, weight, total, scale, block_size, head,
+            KV, D, WINDOW, False, BLOCK, IEEE, WIDE, STAGES,
+        )  # fmt: skip
+    largest, weight, total = _attend_tiles(
+        q, position, keys, values, table, masked, begin + count, largest, weight, total, scale, block_size, head,
+        KV, D, WINDOW, True, BLOCK, IEEE, WIDE, STAGES,
+    )  # fmt: skip
     target = out + place[:, None] * (H * D) + query_head[:, None] * D + d[None, :]
     tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
 
 
-VARLEN_ROWS = 64
+VARLEN_ROWS = 128
 """Query rows of a tile: several positions times the query heads that share a KV head."""
 
 
@@ -626,9 +658,9 @@ def argmax(
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, ARGMAX_BLOCK)
-    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, early(pdl), num_warps=4,
+    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
                                         **launch_options(pdl))  # fmt: skip
-    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), early(pdl), num_warps=1,
+    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
                             **launch_options(pdl))  # fmt: skip
 
 
@@ -643,14 +675,6 @@ def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     """``target.view(-1)[where] = what``, all int32."""
     count = where.numel()
     start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
-
-
-EARLY = True
-ATTEND_AHEAD = True
-
-
-def early(pdl: bool) -> int:
-    return (2 if EARLY else 1) if pdl else 0
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
@@ -718,13 +742,13 @@ def attend_decode(
         block = 64 if rows < 16 or keys.dtype == torch.float32 else 128
     warps = warps or (8 if block == 128 and rows < 128 else 4)
     stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
-    start(_attend_decode_kernel, (rows, kv, splits))(
+    start(_attend_decode_kernel, (kv, rows, splits))(
         qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
         scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
         h, kv, d, h // kv, padded_group(h // kv), window,
         bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
-        keys.dtype == torch.float32, INTERPRETED, stages, ATTEND_AHEAD and pdl and not INTERPRETED,
-        triton.cdiv(d * keys.element_size(), 128), early(pdl),
+        keys.dtype == torch.float32, INTERPRETED, stages, pdl and not INTERPRETED,
+        triton.cdiv(d * keys.element_size(), 128), pdl,
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 
@@ -750,12 +774,14 @@ def rotate_write(
     eps: float,
     block_size: int,
     rotate: bool,
+    first: int = 0,
 ) -> None:
-    """Bias, q/k norm and rotation, queries in place, keys and values into the cache. Arguments as above."""
+    """Bias, q/k norm and rotation, queries in place, keys and values into the cache, of the rows from ``first`` on."""
     kv, d = keys.shape[1], keys.shape[2]
     h = qkv.shape[1] // d - 2 * kv
-    start(_rotate_write_kernel, (qkv.shape[0],))(
-        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, tables.shape[1], block_size,
+    start(_rotate_write_kernel, (qkv.shape[0] - first,))(
+        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, tables.shape[1],
+        block_size,
         h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
         num_warps=8,
     )  # fmt: skip
@@ -772,8 +798,9 @@ def attend_varlen(
     scale: float,
     block_size: int,
     window: int,
+    rows: int = VARLEN_ROWS,
     block: int = 64,
-    warps: int = 4,
+    warps: int = 8,
     stages: int = 2,
 ) -> None:
     """Attention of many positions, after :func:`rotate_write`.
@@ -782,8 +809,8 @@ def attend_varlen(
     """
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
-    start(_attend_varlen_kernel, (tiles.shape[0], kv))(
+    start(_attend_varlen_kernel, (kv, tiles.shape[0]))(
         qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
-        h, kv, d, h // kv, tile_tokens(h, kv), window, VARLEN_ROWS, block, keys.dtype == torch.float32, INTERPRETED, stages,
+        h, kv, d, h // kv, rows // (h // kv), window, rows, block, keys.dtype == torch.float32, INTERPRETED, stages,
         num_warps=warps,
     )  # fmt: skip

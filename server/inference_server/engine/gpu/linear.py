@@ -1,7 +1,7 @@
-"""Matrix products of 2 to 256 rows on a GPU: one kernel, and the measured choice of its tiles. Owns no buffer.
+"""Matrix products of 2 to 256 rows on a GPU. Owns no buffer; ``tiles`` chooses how they are cut.
 
-At these sizes a product is bound by reading the weights once, and cuBLAS leaves a fifth to a third of the time on the
-table: it splits rows that need no splitting, reads weights again, and starts only when the kernel before has ended.
+At these sizes a product is bound by reading the weights once. cuBLAS starts to only when the kernel before has ended,
+and leaves SiLU and the sum of its parts to further kernels.
 Here a program holds all rows (up to 256, in two accumulators where their number is not a power of two) against a strip
 of the weights; several programs may share a strip by parts of its depth, and whoever reads the result adds their
 parts, in order, so that no atomic operation is needed and the sum never changes. The roles are swapped (weights times
@@ -10,7 +10,7 @@ transposed rows): the matrix units take the weights' strip as their 64 or 128 ro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,30 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from inference_server.engine.gpu import kernels
-
-MAX_ROWS = 256
-MAX_SPLITS = 8
-
-
-class Tile(NamedTuple):
-    """How a product is cut into programs."""
-
-    rows: int
-    """Rows of a program; a power of two, at least 16."""
-    more: int
-    """Rows beyond these in a second accumulator; 0 for none."""
-    columns: int
-    """Outputs of a program (of each half where gate and up are computed together)."""
-    depth: int
-    """Inputs taken at once."""
-    splits: int
-    """Programs that share an output by parts of the depth."""
-    stages: int
-    warps: int
-    bulk: bool
-    """Tiles are fetched by the bulk copy engine (TMA)."""
-    ahead: int
-    """Steps whose weights are asked for before the kernel before has ended."""
+from inference_server.engine.gpu.tiles import Tile
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -62,17 +39,15 @@ def _linear_kernel(
     row = row0 + tl.arange(0, BM)
     deep = tl.arange(0, BK)
     strip = weight + col.to(tl.int64)[:, None] * k
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
     if AHEAD > 0:
-        line = begin + tl.arange(0, AHEAD * BK // 64) * 64
+        line = begin + tl.arange(0, AHEAD) * 64
         kernels.ask(strip + line[None, :])
         if GATED:
             kernels.ask(strip + n.to(tl.int64) * k + line[None, :])
     if PDL:
         gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     if GATED:
         up = tl.zeros((BN, BM), dtype=tl.float32)
@@ -157,40 +132,10 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, tile: Tile, *, gated: bool = 
     share = triton.cdiv(triton.cdiv(k, depth), tile.splits) * depth
     grid = (triton.cdiv(m, tile.rows + tile.more) * triton.cdiv(n, tile.columns), tile.splits)
     even = n % tile.columns == 0 and k % depth == 0
+    lines = triton.next_power_of_2(tile.ahead * depth * x.element_size() // 128)
     kernels.start(_linear_kernel, grid)(
         x, descriptors[0], descriptors[1], weight, descriptors[2], out, m, n, k, share,
         tile.rows, tile.more, tile.columns, depth, gated, even, bulk,
-        0 if kernels.INTERPRETED or not even else tile.ahead, x.dtype == torch.float32 or kernels.INTERPRETED,
-        tile.stages, kernels.early(pdl), num_warps=tile.warps, **kernels.launch_options(pdl),
+        lines if even and not kernels.INTERPRETED else 0, x.dtype == torch.float32 or kernels.INTERPRETED,
+        tile.stages, pdl, num_warps=tile.warps, **kernels.launch_options(pdl),
     )  # fmt: skip
-
-
-def cut_rows(m: int) -> tuple[int, int]:
-    """Rows of the first and of the second accumulator for ``m`` rows, the two together at most 256."""
-    for rows, more in ((16, 0), (32, 0), (32, 16), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64)):
-        if m <= rows + more:
-            return rows, more
-    return 256, 0
-
-
-SHARED_MEMORY = 224 * 1024
-
-
-def stages_of(rows: int, columns: int, depth: int, *, gated: bool, programs: int = 1) -> int:
-    """How many steps fit into the shared memory of a multiprocessor that runs ``programs`` at a time."""
-    step = (rows + columns * (2 if gated else 1)) * depth * 2
-    return max(2, min(8, SHARED_MEMORY // programs // step))
-
-
-def choose_tile(n: int, k: int, m: int, *, gated: bool = False, processors: int = 132) -> Tile | None:
-    """The tile for ``m`` rows of a matrix of ``n`` by ``k``; ``None`` where cuBLAS is the better choice."""
-    if not 1 < m <= MAX_ROWS:
-        return None
-    rows, more = cut_rows(m)
-    columns = 64 if gated or n < 64 * processors else 128
-    depth = 64 if rows + more > 64 else 128
-    splits = 1
-    if not gated and n < 16384:
-        programs = triton.cdiv(n, columns)
-        splits = max(1, min(MAX_SPLITS, round(processors / programs), k // 512 or 1))
-    return Tile(rows, more, columns, depth, splits, stages_of(rows + more, columns, depth, gated=gated), 8, True, 2)

@@ -52,7 +52,9 @@ def start(model: Any, plain: ModelRunner, positions: int, rows: int) -> GpuRunne
     difference = _difference(model, architecture, plain.tensors)
     if not difference <= TOLERANCE[plain.tensors.dtype]:
         raise UnsupportedError(f"its logits differ from the plain path's by {difference:.2g} (relative)")
-    return GpuRunner(architecture, plain, max(positions, CHECK_LENGTH), rows)
+    runner = GpuRunner(architecture, plain, max(positions, CHECK_LENGTH), rows)
+    runner.compile_ahead()
+    return runner
 
 
 def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) -> float:

@@ -10,6 +10,7 @@ chosen tokens); the only wait is for the latter.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.gpu import kernels
-from inference_server.engine.gpu.linear import Tile, choose_tile, linear
+from inference_server.engine.gpu.linear import linear
+from inference_server.engine.gpu.tiles import Tile, choose_tile
 from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
@@ -28,8 +30,10 @@ from inference_server.engine.scheduler import StepPlan
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
 """Batch sizes that have a CUDA graph; a batch in between is padded to the next."""
-SORTED_ROWS = 64
+SORTED_ROWS = 32
 """From this many rows on, attention starts with the longest contexts."""
+MIXED_DECODE_ROWS = 32
+"""From this many rows of single positions on, a step with others gives them to the kernel of decoding."""
 SLOTS = 4
 """Host buffers in turn; at most two steps are under way at a time."""
 SPARE_UPDATES = 1 << 16
@@ -58,6 +62,8 @@ class PackedStep:
     """Rows including padding; 0 where the step is not one of single positions."""
     kept: list[int]
     """Rows whose token is chosen."""
+    singles: int
+    """Rows of single positions that come first, where a step has others too."""
     tiles: int
     updates: int
 
@@ -163,8 +169,21 @@ class GpuRunner:
                 self._decode(bucket)
             rows, kept, tiles = 4, [0], 1
             inputs = torch.zeros(3 * rows + 2 * _aligned(1) + 4 * tiles, dtype=torch.int32, device=self.device)
-            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, tiles, 0), inputs)
+            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, 0, tiles, 0), inputs)
             kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+
+    def compile_ahead(self) -> None:
+        """Compile the kernels of every other batch size in a thread of its own, while steps are served."""
+        if self._cuda:
+            threading.Thread(target=self._compile_rest, name="kernels", daemon=True).start()
+
+    @torch.inference_mode()
+    def _compile_rest(self) -> None:
+        torch.cuda.set_device(self.device)
+        # Sizes that are met first come first: the largest, as requests arrive, then down as they end.
+        for bucket in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
+            with kernels.compiling():
+                self._decode(bucket)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -186,6 +205,7 @@ class GpuRunner:
         seats = [self._seat(item.request, plan, where, what) for item in items]
         kept: list[int] = []
         tiles: list[int] = []
+        singles = 0
         rows = len(items)
         if rows <= self._rows and all(item.count == 1 for item in items):
             bucket = next(each for each in BUCKETS if each >= rows)
@@ -199,23 +219,30 @@ class GpuRunner:
             columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad, order, spare_order]
         else:
             bucket = 0
+            # Rows of single positions first, for the kernel of decoding; the others are cut into tiles.
+            single = [index for index, item in enumerate(items) if item.count == 1]
+            singles = len(single) if len(single) >= MIXED_DECODE_ROWS else 0
+            lone = set(single[:singles])
             ids, positions = [], []
             columns_seats: list[int] = []
-            kept_seats: list[int] = []
+            last = [0] * len(items)
             per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
-            for item, place in zip(items, seats, strict=True):
+            for index in (*single[:singles], *(index for index in range(len(items)) if index not in lone)):
+                item, place = items[index], seats[index]
                 offset, start, count = len(ids), item.start, item.count
                 tokens = item.request.tokens[start : start + count]
                 ids += tokens if len(tokens) == count else [*tokens, -1]
                 positions += range(start, start + count)
                 columns_seats += [place] * count
-                if item.sample:
-                    kept.append(offset + count - 1)
-                    kept_seats.append(place)
-                for begin in range(0, count, per_tile):
-                    tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
+                last[index] = offset + count - 1
+                if index not in lone:
+                    for begin in range(0, count, per_tile):
+                        tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
+            kept = [last[index] for index, item in enumerate(items) if item.sample]
+            kept_seats = [seats[index] for index, item in enumerate(items) if item.sample]
+            order = sorted(range(singles), key=lambda row: -positions[row])
             rows = len(ids)
-            columns = [ids, positions, columns_seats, kept, kept_seats, tiles]
+            columns = [ids, positions, columns_seats, kept, kept_seats, tiles, order]
             columns = [column + [0] * (_aligned(len(column)) - len(column)) for column in columns]
         spare = [0] * (_aligned(len(where)) - len(where))
         columns += (where + spare, what + spare)
@@ -230,7 +257,7 @@ class GpuRunner:
             if column:
                 packed[at : at + len(column)] = column
                 at += len(column)
-        return PackedStep(slot, length, rows, bucket, kept, len(tiles) // 4, len(where))
+        return PackedStep(slot, length, rows, bucket, kept, singles, len(tiles) // 4, len(where))
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, packed: Any) -> Tensor:
@@ -334,27 +361,7 @@ class GpuRunner:
             else:
                 kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
                 projected = self._product(normed, layer.qkv, qkv, self._qkv_parts)
-            kernels.attend_decode(
-                projected,
-                *self._vectors(layer),
-                positions,
-                seats,
-                self._tables,
-                self.tensors.keys[index],
-                self.tensors.values[index],
-                attended,
-                self._partial,
-                self._state,
-                self._counters,
-                scale=a.scaling,
-                eps=a.eps,
-                block_size=self._block_size,
-                window=layer.window,
-                rotate=layer.rotate,
-                splits=splits,
-                order=order,
-                pdl=pdl,
-            )
+            self._attend(index, projected, positions, seats, attended, order, splits=splits, pdl=pdl)
             if rows == 1:
                 kernels.gemv(attended[0], layer.output, residual=residual[0], pdl=pdl)
                 kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
@@ -366,7 +373,7 @@ class GpuRunner:
                 if tile is not None:
                     linear(normed, layer.gate_up, active, tile, gated=True, pdl=pdl)
                 else:
-                    torch.mm(normed, layer.gate_up.t(), out=both)
+                    kernels.multiply(normed, layer.gate_up, both)
                     kernels.silu_mul(both, active, pdl=pdl)
                 pending = self._product(active, layer.down, delta, self._delta_parts)
         logits = self._logits(rows)
@@ -378,15 +385,51 @@ class GpuRunner:
             if tile is not None and tile.splits == 1:
                 linear(normed, a.head, logits, tile, pdl=pdl)
             else:
-                torch.mm(normed, a.head.t(), out=logits)
+                kernels.multiply(normed, a.head, logits)
         kernels.argmax(logits, seats, self._best, self._index, self._tokens, self._last, pdl=pdl)
+
+    def _attend(
+        self,
+        index: int,
+        qkv: Tensor,
+        positions: Tensor,
+        seats: Tensor,
+        out: Tensor,
+        order: Tensor | None,
+        *,
+        splits: int,
+        pdl: bool = False,
+    ) -> None:
+        """Attention of single positions in layer ``index``."""
+        a, layer = self.architecture, self.architecture.layers[index]
+        kernels.attend_decode(
+            qkv,
+            *self._vectors(layer),
+            positions,
+            seats,
+            self._tables,
+            self.tensors.keys[index],
+            self.tensors.values[index],
+            out,
+            self._partial,
+            self._state,
+            self._counters,
+            scale=a.scaling,
+            eps=a.eps,
+            block_size=self._block_size,
+            window=layer.window,
+            rotate=layer.rotate,
+            splits=splits,
+            order=order,
+            pdl=pdl,
+        )
 
     def _product(self, x: Tensor, weight: Tensor, whole: Tensor, parts: Tensor) -> Tensor:
         """``x @ weight.T`` in ``whole``, or in several parts to be summed, ``[parts, rows, columns]``."""
         rows, columns = len(x), len(weight)
         tile = self._tile(weight, rows)
         if tile is None:
-            torch.mm(x, weight.t(), out=whole)
+            kernels.multiply(x, weight, whole)
             return whole
         out = parts[: tile.splits * rows * columns].view(tile.splits, rows, columns)
         linear(x, weight, out, tile, pdl=self._pdl)
@@ -403,10 +446,11 @@ class GpuRunner:
         a, rows, count = self.architecture, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
         columns, at = [], 0
-        for length in (rows, rows, rows, count, count, 4 * packed.tiles):
+        singles = packed.singles
+        for length in (rows, rows, rows, count, count, 4 * packed.tiles, singles):
             columns.append(inputs[at : at + length])
             at += _aligned(length)
-        ids, positions, seats, kept, kept_seats, tiles = columns
+        ids, positions, seats, kept, kept_seats, tiles, order = columns
         tiles = tiles.view(-1, 4)
         residual = torch.empty(rows, a.hidden, device=device)
         normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
@@ -420,35 +464,39 @@ class GpuRunner:
         for index, layer in enumerate(a.layers):
             keys, values = self.tensors.keys[index], self.tensors.values[index]
             kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed)
-            torch.mm(normed, layer.qkv.t(), out=qkv)
-            kernels.rotate_write(
-                qkv,
-                *self._vectors(layer),
-                positions,
-                seats,
-                self._tables,
-                keys,
-                values,
-                eps=a.eps,
-                block_size=self._block_size,
-                rotate=layer.rotate,
-            )
-            kernels.attend_varlen(
-                qkv,
-                tiles,
-                self._tables,
-                keys,
-                values,
-                attended,
-                scale=a.scaling,
-                block_size=self._block_size,
-                window=layer.window,
-            )
-            torch.mm(attended, layer.output.t(), out=delta)
+            kernels.multiply(normed, layer.qkv, qkv)
+            if singles:
+                self._attend(index, qkv[:singles], positions, seats, attended[:singles], order, splits=1)
+            if packed.tiles:
+                kernels.rotate_write(
+                    qkv,
+                    *self._vectors(layer),
+                    positions,
+                    seats,
+                    self._tables,
+                    keys,
+                    values,
+                    eps=a.eps,
+                    block_size=self._block_size,
+                    rotate=layer.rotate,
+                    first=singles,
+                )
+                kernels.attend_varlen(
+                    qkv,
+                    tiles,
+                    self._tables,
+                    keys,
+                    values,
+                    attended,
+                    scale=a.scaling,
+                    block_size=self._block_size,
+                    window=layer.window,
+                )
+            kernels.multiply(attended, layer.output, delta)
             kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
-            torch.mm(normed, layer.gate_up.t(), out=both)
+            kernels.multiply(normed, layer.gate_up, both)
             kernels.silu_mul(both, active)
-            torch.mm(active, layer.down.t(), out=delta)
+            kernels.multiply(active, layer.down, delta)
             pending = delta
         if not count:
             return torch.empty(0, a.vocab, device=device), self._tokens[:0]
@@ -515,13 +563,9 @@ class GpuRunner:
         self._delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
         self._both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
         self._active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
-        # Space of the products' parts, where the own kernel computes them.
-        buckets = [bucket for bucket in BUCKETS if 1 < bucket <= rows]
         layer = a.layers[0]
-        for name, weights in (("_qkv_parts", (layer.qkv,)), ("_delta_parts", (layer.output, layer.down))):
-            tiles = [(w, bucket, self._tile(w, bucket)) for w in weights for bucket in buckets]
-            size = max((tile.splits * bucket * len(w) for w, bucket, tile in tiles if tile is not None), default=0)
-            setattr(self, name, torch.empty(size, device=device))
+        self._qkv_parts = self._space(layer.qkv)
+        self._delta_parts = self._space(layer.output, layer.down)
         self._logits_one = torch.empty(1, a.vocab, device=device)
         self._logits_many = torch.empty(rows, a.vocab, device=device, dtype=dtype)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
@@ -534,6 +578,12 @@ class GpuRunner:
         self._partial = torch.empty(most * group * a.head_dim, device=device)
         self._state = torch.empty(most * group * 2, device=device)
         self._counters = torch.zeros(rows * a.kv_heads, dtype=torch.int32, device=device)
+
+    def _space(self, *weights: Tensor) -> Tensor:
+        """Room for the parts of products with these weights, where the own kernel computes them."""
+        cases = [(w, b, self._tile(w, b)) for w in weights for b in BUCKETS if 1 < b <= self._rows]
+        size = max((tile.splits * b * len(w) for w, b, tile in cases if tile is not None), default=0)
+        return torch.empty(size, device=self.device)
 
     def _logits(self, bucket: int) -> Tensor:
         return self._logits_one if bucket == 1 else self._logits_many[:bucket]
