@@ -252,7 +252,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
     random.Random(0).shuffle(blocks)
     for handle, length in enumerate((120, 40, 17, 5)):
         tokens = torch.randint(3, 256, (length + 8,)).tolist()
-        sampling = SamplingParams(max_tokens=1)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
         request = Request(handle=handle, prompt_len=length, tokens=tokens, sampling=sampling, seed=0, arrival=handle)
         request.blocks = [blocks.pop() for _ in range(-(-len(tokens) // 16))]
         requests.append(request)

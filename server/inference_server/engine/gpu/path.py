@@ -68,7 +68,7 @@ def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) ->
         [(keys.shape[1], keys.shape[2], values.shape[2]) for keys, values in zip(like.keys, like.values, strict=True)]
     )
     generator = torch.Generator().manual_seed(0)
-    sampling = SamplingParams(max_tokens=1)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0)
     requests = []
     for handle in range(2):
         tokens = torch.randint(0, architecture.vocab, (CHECK_LENGTH,), generator=generator).tolist()

@@ -19,13 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inference_server.engine import sampler
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu import choosing, kernels
+from inference_server.engine.gpu.choosing import Alternatives, DeviceSampler
 from inference_server.engine.gpu.linear import linear
 from inference_server.engine.gpu.tiles import Tile, choose_tile
 from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
+from inference_server.engine.sampler import Sampled
 from inference_server.engine.scheduler import StepPlan
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
@@ -74,22 +77,32 @@ def _aligned(length: int) -> int:
 
 
 class Selection:
-    """The most likely token of each sampled row, on its way from the device.
+    """The tokens chosen for the sampled rows, on their way from the device.
 
     Parameters
     ----------
     host : Tensor
         Where they arrive.
-    kept : list of int or None
-        Rows of ``host`` to take; all where ``None``.
-    begin, end, arrived : torch.cuda.Event or None
-        Around the step's device work, and after the copy. ``None`` without a GPU.
+    events : tuple of torch.cuda.Event or None
+        Before and after the step's device work, and after the copy. ``None`` without a GPU.
+    final : bool
+        They are what the requests asked for, not just the most likely ones.
+    alternatives : Alternatives or None
+        Log-probabilities that were asked for.
     """
 
-    def __init__(self, host: Tensor, kept: list[int] | None, begin: Any, end: Any, arrived: Any) -> None:
+    def __init__(
+        self,
+        host: Tensor,
+        events: tuple[Any, Any, Any],
+        *,
+        final: bool,
+        alternatives: Alternatives | None,
+    ) -> None:
         self._host = host
-        self._kept = kept
-        self._begin, self._end, self._arrived = begin, end, arrived
+        self._begin, self._end, self._arrived = events
+        self.final = final
+        self._alternatives = alternatives
 
     def wait(self) -> None:
         """Wait until the step is done on the device."""
@@ -100,7 +113,11 @@ class Selection:
         """Wait for the tokens and return them."""
         self.wait()
         tokens: list[int] = self._host.tolist()
-        return tokens if self._kept is None else [tokens[row] for row in self._kept]
+        return tokens
+
+    def sampled(self) -> Sampled:
+        """Wait for the tokens and return them with the log-probabilities that were asked for."""
+        return choosing.read(self.tolist(), self._alternatives)
 
     @property
     def device_ns(self) -> int | None:
@@ -133,6 +150,7 @@ class GpuRunner:
         self.plain = plain
         self.tensors: PagedKVTensors = plain.tensors
         self.device = self.tensors.device
+        self._sampler = DeviceSampler(self.device)
         self.use_graphs = True
         """Replay captured graphs (the feature ``cuda_graphs``)."""
         self.greedy: Selection | None = None
@@ -283,29 +301,38 @@ class GpuRunner:
             self._inputs[:used].copy_(inputs[:used])
         if begin is not None:
             begin.record()
+        requests = [item.request for item in plan.items if item.sample]
         if packed.bucket:
             logits, tokens, capture = self._decode_step(packed.bucket)
-            everything = packed.kept == list(range(packed.rows))
-            kept = None if everything else packed.kept
-            count = packed.rows
-            if not everything:
-                logits = logits[torch.tensor(packed.kept, dtype=torch.long, device=self.device)]
+            seats = self._inputs[2 * _aligned(packed.bucket) :][: packed.rows]
+            count = len(packed.kept)
+            if count < packed.rows:  # chunks of one position in the middle of a prompt
+                chosen = torch.tensor(packed.kept, pin_memory=self._cuda).to(self.device, non_blocking=True)
+                logits, tokens, seats = logits[chosen], tokens[chosen], seats[chosen]
             else:
-                logits = logits[:count]
+                logits, tokens = logits[:count], tokens[:count]
         else:
             logits, tokens = self._mixed_step(packed, inputs)
-            kept, count, capture = None, len(packed.kept), False
+            count, capture = len(packed.kept), False
+            offset = 3 * _aligned(packed.rows) + _aligned(count)
+            seats = inputs[offset : offset + count]
             self.label = self._name
+        # A step whose requests all can be is done with here: the next one may start before the host knows its tokens.
+        final = not any(map(sampler.depends_on_its_output, requests))
+        alternatives = None
+        if final and requests:
+            self._sampler.choose(logits, requests, tokens, seats, self._last)
+            alternatives = self._sampler.alternatives(logits, requests, tokens)
         if end is not None:
             end.record()
         host = self._tokens_host[packed.slot]
         if count > len(host):
             host = self._tokens_host[packed.slot] = self._pinned(2 * count)
         host = host[:count]
-        host.copy_(tokens[:count], non_blocking=True)
+        host.copy_(tokens, non_blocking=True)
         if arrived is not None:
             arrived.record()
-        self.greedy = Selection(host, kept, begin, end, arrived)
+        self.greedy = Selection(host, (begin, end, arrived), final=final, alternatives=alternatives)
         if capture:
             try:
                 self._graphs[packed.bucket] = self._capture(packed.bucket)
