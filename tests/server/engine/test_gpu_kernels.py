@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from architectures import build
 
 from inference_server.engine.attention import NAME, PagedKVTensors
-from inference_server.engine.gpu import kernels, runner
+from inference_server.engine.gpu import kernels, path, runner
 from inference_server.engine.gpu.runner import GpuRunner
 from inference_server.engine.llama import fuse
 from inference_server.engine.request import Request
@@ -233,8 +233,14 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
         assert relative(out[row], expected.flatten()) < 4 * tolerance(dtype), f"request {seat}, position {position}"
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "mistral-window", "qwen3"] if CUDA else ["mistral-window", "qwen3"])
-@pytest.mark.parametrize("mixed_decode_rows", [1, 100])
+@pytest.mark.parametrize(
+    ("name", "mixed_decode_rows"),
+    [
+        ("mistral-window", 1),
+        ("qwen3", 100),
+        *([("llama-mha", 1), ("qwen3", 1), ("mistral-window", 100)] if CUDA else []),
+    ],
+)
 def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(
     name: str, mixed_decode_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,3 +294,17 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
     assert relative(got, expected) <= 1e-5
+
+
+def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path, "CHECK_LAYERS", 2)
+    model: Any = build("llama").to(DEVICE)
+    model.set_attn_implementation(NAME)
+    tensors = PagedKVTensors(4, 16, torch.device(DEVICE), torch.float32)
+    tensors.reserve([(2, 16, 16)] * 3)
+    architecture = fuse(model, torch.float32, 64)
+    every = list(model.model.layers)
+    assert path._difference(model, architecture, tensors) < 1e-5
+    assert list(model.model.layers) == every
+    architecture.layers[2].down = architecture.layers[2].down * 1.02
+    assert path._difference(model, architecture, tensors) > 1e-4
