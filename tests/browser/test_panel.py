@@ -232,3 +232,24 @@ def test_the_panel_says_when_jupyterlab_itself_is_gone(page: Page, complaints: l
         page.goto("about:blank")  # or the page goes on complaining after the next line
     shutil.rmtree(folder, ignore_errors=True)
     complaints.clear()
+
+
+def test_traffic_is_started_changed_and_stopped_from_the_page(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    card = workbench.locator(".iw-traffic")
+    card.locator("summary").click()
+    card.locator("[data-traffic=preset]").select_option("shared prefix")
+    expect(card.locator("[data-traffic=shared]")).to_have_attribute("aria-valuetext", "400")
+    card.locator("[data-traffic=concurrency]").fill("1")  # the second of the steps: two at once
+    card.locator("[data-action=start-traffic]").click()
+    state = card.locator(".iw-traffic-state")
+    expect(state).to_contain_text("shared prefix: 2 under way", timeout=30_000)
+    slider = card.locator("[data-traffic=concurrency]")
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowRight")
+    expect(state).to_contain_text("6 under way", timeout=30_000)
+    card.locator("[data-action=stop-traffic]").click()
+    expect(state).to_contain_text("shared prefix: stopped", timeout=30_000)
+    expect(card.locator("[data-action=stop-traffic]")).to_be_hidden()
+    expect(card.locator(".iw-refusal")).to_be_hidden()

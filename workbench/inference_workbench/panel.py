@@ -154,6 +154,8 @@ class Panel(anywidget.AnyWidget):
                 self._command("cancel", lambda: self._workbench.cancel(request_id))
             case {"t": "engine", "action": "restart" | "stop" | "start" | "sleep" | "wake" as action}:
                 self._command("engine", lambda: self._workbench.engine(action))
+            case {"t": "traffic", "action": "start" | "change" | "stop" as action, "values": dict(values)}:
+                self._command("traffic", lambda: self._workbench.traffic.command(action, values))
             case {"t": "record", "action": "start"}:
                 name, note = str(content.get("name") or ""), str(content.get("note") or "")
                 self._command("record", lambda: self._workbench.recordings.start(name, note))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -62,6 +62,13 @@ class Traffic:
         """Change the workload that runs, from the next request on; values as in :meth:`start`."""
         status = self.status
         return _event(self._call("PATCH", "/traffic", json=_plain(values, status)))
+
+    def command(self, action: Literal["start", "change", "stop"], values: dict[str, Any]) -> None:
+        """Pass on what a view asks for, in the server's own terms."""
+        if action == "stop":
+            self._call("POST", "/traffic/stop", json={})
+        else:
+            self._call("POST" if action == "start" else "PATCH", "/traffic", json=values)
 
     def stop(self) -> TrafficEvent | None:
         """Stop; requests under way are cancelled. Returns what became of them all."""

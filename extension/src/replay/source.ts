@@ -187,6 +187,10 @@ export class ReplaySource implements TelemetryConnection {
     return Promise.reject(new RefusedError(REFUSAL));
   }
 
+  traffic(): Promise<void> {
+    return Promise.reject(new RefusedError(REFUSAL));
+  }
+
   record(): Promise<void> {
     return Promise.reject(new RefusedError(REFUSAL));
   }

@@ -5,7 +5,7 @@
 
 import { ClockOffset, pageNow } from './clock';
 import { decodeServerMessage } from './decode';
-import type { FeatureValue, GenerateBody, ServerMessage } from './protocol';
+import type { FeatureValue, GenerateBody, ServerMessage, TrafficValues } from './protocol';
 import { PROTOCOL_VERSION } from './protocol';
 import type { TelemetryStore } from './store';
 
@@ -29,6 +29,12 @@ export type EngineAction = 'restart' | 'stop' | 'start' | 'sleep' | 'wake';
 
 /** What can be asked of a server's recorder. */
 export type RecordingCommand = { action: 'start'; name?: string; note?: string } | { action: 'stop' };
+
+/** What can be asked of the server's own load. */
+export interface TrafficCommand {
+  action: 'start' | 'change' | 'stop';
+  values: TrafficValues;
+}
 
 /** The server said no, and why. */
 export class RefusedError extends Error {}
@@ -54,6 +60,7 @@ export interface TelemetryConnection {
   stopGenerating(): void;
   engine(action: EngineAction): Promise<void>;
   record(command: RecordingCommand): Promise<void>;
+  traffic(command: TrafficCommand): Promise<void>;
   dispose(): void;
 }
 

@@ -6,7 +6,13 @@
 import type { AnyModel } from '@anywidget/types';
 
 import { pageNow } from './clock';
-import type { ConnectionState, EngineAction, RecordingCommand, TelemetryConnection } from './connection';
+import type {
+  ConnectionState,
+  EngineAction,
+  RecordingCommand,
+  TelemetryConnection,
+  TrafficCommand
+} from './connection';
 import { ConnectionBase, mismatchReason, RefusedError } from './connection';
 import type { FeatureValue, GenerateBody } from './protocol';
 import { PROTOCOL_VERSION } from './protocol';
@@ -66,6 +72,10 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
 
   record(command: RecordingCommand): Promise<void> {
     return this.ask('record', { t: 'record', id: this.activeRecording(), ...command });
+  }
+
+  traffic(command: TrafficCommand): Promise<void> {
+    return this.ask('traffic', { t: 'traffic', ...command });
   }
 
   dispose(): void {

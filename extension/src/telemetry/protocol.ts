@@ -276,6 +276,30 @@ export interface CeilingsEvent {
   ceilings: Ceilings;
 }
 
+/** Fields of a workload, `inference_server/workloads/workload.py`, or some of them. */
+export interface TrafficValues {
+  preset?: string;
+  arrivals?: { kind: 'closed'; concurrency: number } | { kind: 'poisson'; rate: number; burstiness: number };
+  output_tokens?: { low: number; high: number };
+  shared_prefix_tokens?: number;
+}
+
+/** What the server's own load generator does. */
+export interface TrafficEvent {
+  t: 'traffic';
+  at_ns: number;
+  state: 'running' | 'stopped';
+  workload: { name: string } & TrafficValues;
+  started_ns: number;
+  sent: number;
+  in_flight: number;
+  finished: number;
+  failed: number;
+  dropped: number;
+  output_tokens: number;
+  message: string;
+}
+
 /** Something a person should know that ends no request. */
 export interface NoticeEvent {
   t: 'notice_event';
@@ -295,7 +319,8 @@ export type TelemetryEvent =
   | DeviceEvent
   | RecordingEvent
   | TelemetryCostEvent
-  | CeilingsEvent;
+  | CeilingsEvent
+  | TrafficEvent;
 
 export interface ServerInfo {
   version: string;
@@ -317,6 +342,7 @@ export interface Snapshot {
   features: FeaturesEvent | null;
   requests: RequestEvent[];
   history: TelemetryEvent[];
+  traffic?: TrafficEvent | null;
   recordings?: RecordingEvent[];
   ceilings?: Ceilings | null;
 }

@@ -4,7 +4,7 @@
  */
 
 import { pageNow } from './clock';
-import type { EngineAction, RecordingCommand, TelemetryConnection } from './connection';
+import type { EngineAction, RecordingCommand, TelemetryConnection, TrafficCommand } from './connection';
 import { ConnectionBase, mismatchReason, RefusedError } from './connection';
 import { encodeClientMessage } from './decode';
 import type { ClientMessage, EngineState, FeatureValue, GenerateBody, RecordingEvent } from './protocol';
@@ -125,6 +125,14 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
       throw new RefusedError('Nothing is being recorded.');
     }
     await this.command(`recordings/${encodeURIComponent(active)}/stop`, 'POST', {});
+  }
+
+  async traffic({ action, values }: TrafficCommand): Promise<void> {
+    if (action === 'stop') {
+      await this.command('traffic/stop', 'POST', {});
+    } else {
+      await this.command('traffic', action === 'start' ? 'POST' : 'PATCH', values);
+    }
   }
 
   /** The bytes of a finished recording. */

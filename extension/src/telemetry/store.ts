@@ -23,7 +23,8 @@ import type {
   StepEvent,
   TelemetryCostEvent,
   TelemetryEvent,
-  TokensEvent
+  TokensEvent,
+  TrafficEvent
 } from './protocol';
 
 /** A step and its sums. */
@@ -156,6 +157,8 @@ export class TelemetryStore {
   /** What watching costs, as of the newest second in which steps ran. */
   telemetryCost: TelemetryCostEvent | null = null;
   /** Recordings that are being made or that ended lately, by id, oldest first. */
+  /** What the server's own load generator does, or did last. */
+  traffic: TrafficEvent | null = null;
   readonly recordings = new Map<string, RecordingEvent>();
   /** Switches since the page connected, by epoch. */
   readonly epochs = new Map<number, FeaturesEvent>();
@@ -209,6 +212,7 @@ export class TelemetryStore {
     this.specs = snapshot.specs;
     this.features = snapshot.features;
     this.ceilings = snapshot.ceilings ?? null;
+    this.traffic = snapshot.traffic ?? null;
     this.recordings.clear();
     for (const event of snapshot.recordings ?? []) {
       this.recordings.set(event.id, event);
@@ -393,6 +397,9 @@ export class TelemetryStore {
         break;
       case 'engine':
         this.takeEngine(event, live);
+        break;
+      case 'traffic':
+        this.traffic = event;
         break;
       case 'notice_event':
         if (event.at_ns > this.newestNoticeNs) {

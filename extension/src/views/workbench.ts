@@ -24,6 +24,7 @@ import { readTheme, watchTheme } from './theme';
 import { Tiles } from './tiles';
 import { TokenStrip } from './token-strip';
 import { TokenWhy } from './token-why';
+import { Traffic } from './traffic';
 import type { Translation } from './translation';
 import { untranslated } from './translation';
 import { Transport } from './transport';
@@ -99,6 +100,7 @@ export class Workbench {
     const transport = replay ? new Transport(this.context, replay.source, replay.manifest, replay.bytes) : null;
     const tiles = new Tiles(this.context);
     const prompt = replay ? null : new PromptBox(this.context);
+    const traffic = replay ? null : new Traffic(this.context);
     this.switchboard = new Switchboard(this.context);
     const strip = new TokenStrip(this.context);
     const why = new TokenWhy(this.context);
@@ -109,7 +111,7 @@ export class Workbench {
       new KvPlot(this.context)
     ];
     const feed = new EventFeed(this.context);
-    this.views = [status, recorder, transport, tiles, prompt, this.switchboard, strip, why, feed].filter(
+    this.views = [status, recorder, transport, tiles, prompt, traffic, this.switchboard, strip, why, feed].filter(
       each => each !== null
     );
     this.windowButtons = WINDOWS.map(seconds =>
@@ -127,7 +129,7 @@ export class Workbench {
         'div',
         { class: replay ? 'iw-body iw-replayed' : 'iw-body' },
         tiles.element,
-        prompt?.element,
+        prompt && traffic && h('div', { class: 'iw-ask-area' }, prompt.element, traffic.element),
         h('div', { class: 'iw-strip-area' }, strip.element, why.element),
         this.switchboard.element,
         h(
