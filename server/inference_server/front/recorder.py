@@ -214,7 +214,8 @@ class Recorder:
         files = sorted(self.folder.glob(f"*{SUFFIX}"), reverse=True)[:_LISTED] if self.folder.is_dir() else []
         for path in files:
             found[path.name.removesuffix(SUFFIX)] = self._describe(path)
-        found |= {identifier: event for identifier, event in self._states.items() if event.state != "finished"}
+        states = dict(self._states)  # this may run beside the event loop
+        found |= {identifier: event for identifier, event in states.items() if event.state != "finished"}
         if self._active is not None:
             found[self._active.id] = self._active
         return sorted(found.values(), key=lambda event: event.id, reverse=True)
