@@ -38,6 +38,8 @@ from inference_server.front.telemetry_cost import FrontCost, TelemetryCost
 from inference_server.front.token_book import TokenBook
 from inference_server.front.tokenizer import ModelTokenizer
 from inference_server.front.tracing import Tracer
+from inference_server.front.traffic import Traffic
+from inference_server.front.traffic_api import TrafficApi
 from inference_server.protocol import (
     PROTOCOL_VERSION,
     Ceilings,
@@ -93,6 +95,7 @@ class Front:
             log=self.log,
             requests=self.requests,
         )
+        self.traffic = Traffic(self.supervisor, self.requests, self.tokenizer, self.log)
         self.telemetry = TelemetryHub(self.log, self._served)
         self._cost = TelemetryCost()
         self._sampler = DeviceSampler(
@@ -121,6 +124,7 @@ class Front:
 
     async def close(self) -> None:
         """End all of it."""
+        await self.traffic.stop("The server is shutting down.")
         if self._sampling is not None:
             self._sampling.cancel()
         await self.supervisor.close()
@@ -255,6 +259,7 @@ def create_app(front: Front) -> FastAPI:
     app.add_exception_handler(Exception, _answer_bug)
     openai = OpenAiApi(front.supervisor, front.requests, front.tokenizer, loading_wait_s=settings.loading_wait_s)
     app.include_router(openai.router)
+    app.include_router(TrafficApi(front.traffic).router)
     app.include_router(ControlApi(front.server, front.supervisor, front.requests, front.log).router)
     app.include_router(MeasurementApi(front.recorder, front.metrics, front.supervisor, front.log).router)
 
