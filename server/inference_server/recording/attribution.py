@@ -29,7 +29,9 @@ from inference_server.protocol import PARTS, Kind, StepEvent
     UNEXPLAINED,
 ) = range(len(PARTS))
 
-_REMEMBERED_STEPS = 16_384
+_REMEMBERED_STEPS = 8192
+_QUICK_STEPS = 64
+"""The newest steps keep a set of their requests; a thousand sets of a large batch would take megabytes."""
 _REMEMBERED_TURNS = 1024
 _REMEMBERED_PAUSES = 64
 _MEDIAN_OF = 15
@@ -76,7 +78,7 @@ class StepShares:
 
     __slots__ = (
         "attention", "begin", "decode", "draft", "end", "forward", "forward_end", "index", "members", "number",
-        "prompt_total", "prompts", "sample_end", "since", "start_end",
+        "prompt_total", "prompts", "requests", "sample_end", "since", "start_end",
     )  # fmt: skip
 
     def __init__(self, index: int, event: StepEvent, cost: DecodeCost) -> None:
@@ -99,7 +101,9 @@ class StepShares:
         self.forward_end = self.start_end + forward
         self.sample_end = self.forward_end + sample
         self.end = end
-        self.members = frozenset(event.request)
+        self.requests = event.request
+        self.members: frozenset[int] | None = frozenset(event.request)
+        """The same for a quick look, while the step is recent."""
         self.prompts: dict[int, tuple[int, int]] = {}
         decoding = total = 0
         for request, count, kind in zip(event.request, event.scheduled, event.kind, strict=True):
@@ -172,6 +176,8 @@ class Attribution:
         if len(self._steps) == _REMEMBERED_STEPS:
             self._by_number.pop(self._steps[0].number, None)
         self._steps.append(shares)
+        if len(self._steps) > _QUICK_STEPS:
+            self._steps[-_QUICK_STEPS - 1].members = None
         self._by_number[event.step] = shares
 
     def split(
@@ -245,7 +251,7 @@ class Attribution:
             shares = self._steps[place]
             if shares.end <= low:
                 return
-            if request in shares.members:
+            if request in (shares.requests if shares.members is None else shares.members):
                 shares.add_own(parts, request, low, high)
             elif leader in shares.prompts and leader != request:
                 shares.add_own(parts, leader, low, high)
