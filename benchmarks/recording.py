@@ -4,7 +4,8 @@
 pairs of short rounds in alternating order, and quotes the median of the pairs' ratios with its 95 % interval.
 ``… attribution`` puts 8, then 32 requests on the server, prompts arriving all the time, records it, and looks at the
 recorded parts. ``… soak`` does the same for minutes and watches memory; ``… front`` puts a scripted engine behind the
-front, which gives it in two minutes more tokens than a small machine computes in an hour, and watches the front's memory.
+front, which gives it more tokens in two minutes than a small machine computes in an hour, and watches the front's
+memory.
 """
 
 from __future__ import annotations
