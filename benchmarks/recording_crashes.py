@@ -55,7 +55,10 @@ def jupyters_front_killed(model: Path, folder: Path, after_s: float) -> crashes.
     from servers_under_test import TOKEN as JUPYTER_TOKEN
     from servers_under_test import running_jupyter
 
-    environment = {"XDG_DATA_HOME": str(folder / "data"), "INFERENCE_WORKBENCH_MODEL": str(model)}
+    environment = {
+        "INFERENCE_WORKBENCH_RECORDING_FOLDER": str(recordings(folder)),
+        "INFERENCE_WORKBENCH_MODEL": str(model),
+    }
     with running_jupyter(folder, "inference_workbench.jupyter", **environment) as jupyter:
         deadline = time.monotonic() + 120
         while (
