@@ -3,7 +3,9 @@
 ``python benchmarks/recording.py overhead`` compares full instrumentation while recording with instrumentation off, in
 pairs of short rounds in alternating order, and quotes the median of the pairs' ratios with its 95 % interval.
 ``… attribution`` puts 8, then 32 requests on the server, prompts arriving all the time, records it, and looks at the
-recorded parts. ``… soak`` does the same for minutes and watches memory.
+recorded parts. ``… soak`` does the same for minutes and watches memory; ``… front`` puts a scripted engine behind the
+front, which gives it more tokens in two minutes than a small machine computes in an hour, and watches the front's
+memory.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("server", "tests", "tests/server/front", "benchmarks")]
 
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import rows  # noqa: E402
-from running_front import TOKEN, RunningFront, running  # noqa: E402
+from bpe_tokenizer import train_tokenizer  # noqa: E402
+from running_front import TOKEN, RunningFront, running, scripted_command  # noqa: E402
 from streams import Server, random_prompt, steady_load, stream  # noqa: E402
 
 from inference_server.recording.file import RecordingFile  # noqa: E402
@@ -160,9 +164,50 @@ def soak(path: Path, seconds: float) -> list[dict[str, object]]:
     return result
 
 
+def front_memory(minutes: float) -> list[dict[str, object]]:
+    """32 streams of a scripted engine, recorded; return how the front's memory grew in the second half."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = scripted_command(train_tokenizer(Path(folder)), "good", step_s=0.006)
+        with running(Path(folder), {"INFERENCE_WORKBENCH_ENGINE_COMMAND": command}) as front:
+            front.wait_for_engine("ready")
+            server, process = server_of(front), psutil.Process(front.process.pid)
+            identifier, begin, tokens = start(front), time.monotonic(), 0
+            sizes: list[int] = []
+            while time.monotonic() < begin + 60 * minutes:
+                tokens += asyncio.run(endless_load(server, time.monotonic() + 5))
+                sizes.append(process.memory_info().rss)
+            size = stop(front, identifier).stat().st_size
+    half, last = sizes[len(sizes) // 2], sizes[-1]
+    growth = (last - half) / half
+    print(
+        f"{tokens:,} tokens: front {half / 2**20:.1f} MiB at half time, {last / 2**20:.1f} at the end ({growth:+.2%})"
+    )
+    case = {
+        "subject": "ours",
+        "level": "full",
+        "load": "32 streams of a scripted engine",
+        "runs": tokens,
+        "spread": None,
+    }
+    return [
+        case | {"metric": "front_rss_growth_fraction", "value": growth, "unit": "1"},
+        case | {"metric": "bytes_per_token", "value": size / tokens, "unit": "byte"},
+    ]
+
+
+async def endless_load(server: Server, until: float) -> int:
+    async def client() -> int:
+        got = 0
+        while time.monotonic() < until:
+            got += await stream(server, [70, 71, 72], 200)
+        return got
+
+    return sum(await asyncio.gather(*(client() for _ in range(32))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "attribution", "soak"))
+    parser.add_argument("what", choices=("overhead", "attribution", "soak", "front"))
     parser.add_argument("--model", default="default")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--streams", type=int, nargs="+", default=None)
@@ -171,6 +216,11 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     results: dict[str, list[dict[str, object]]] = {}
+    if options.what == "front":
+        found = front_memory(options.minutes)
+        if not options.no_record:
+            rows.append("recording", found, device="cpu", hardware=rows.cpu_name(), packages=PACKAGES)
+        return
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), {}, "--model", options.model) as front:
         front.wait_for_engine("ready", 600)
         model = front.client.models.list().data[0].id

@@ -55,7 +55,10 @@ def jupyters_front_killed(model: Path, folder: Path, after_s: float) -> crashes.
     from servers_under_test import TOKEN as JUPYTER_TOKEN
     from servers_under_test import running_jupyter
 
-    environment = {"XDG_DATA_HOME": str(folder / "data"), "INFERENCE_WORKBENCH_MODEL": str(model)}
+    environment = {
+        "INFERENCE_WORKBENCH_RECORDING_FOLDER": str(recordings(folder)),
+        "INFERENCE_WORKBENCH_MODEL": str(model),
+    }
     with running_jupyter(folder, "inference_workbench.jupyter", **environment) as jupyter:
         deadline = time.monotonic() + 120
         while (
@@ -71,10 +74,11 @@ def jupyters_front_killed(model: Path, folder: Path, after_s: float) -> crashes.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=5, help="of the moments")
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
     options = parser.parse_args()
     times = options.times
-    rng = random.Random(5)
+    rng = random.Random(options.seed)
     found: dict[str, list[crashes.Aftermath]] = {}
     victims: dict[str, Callable[[Path, Path, float], crashes.Aftermath]] = {
         "engine": engine_killed, "front": front_killed, "jupyter": jupyters_front_killed,

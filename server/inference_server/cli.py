@@ -166,6 +166,26 @@ def status() -> None:
 
 
 @app.command()
+def record(
+    seconds: Annotated[float | None, typer.Option(min=0, help="End after so long. [default: at Ctrl-C]")] = None,
+    name: Annotated[str, typer.Option(help="Name of the recording.")] = "",
+    note: Annotated[str, typer.Option(help="What to remember about it.")] = "",
+    pid: Annotated[int | None, typer.Option(help="Process id of the server; may be left out if there is one.")] = None,
+) -> None:
+    """Record what a running server does, into a file that opens without it."""
+    from inference_server.remote_recording import RemoteRecordingError  # noqa: PLC0415 -- only this command needs it
+    from inference_server.remote_recording import record as record_server  # noqa: PLC0415
+
+    server = _chosen_server(pid)
+    try:
+        path = record_server(server, _err, name=name, note=note, seconds=seconds)
+    except RemoteRecordingError as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+    _out.print(path, markup=False)
+
+
+@app.command()
 def recover(
     journal: Annotated[Path, typer.Argument(help="An .iwjournal file that a server left behind.")],
 ) -> None:
@@ -229,6 +249,19 @@ def stop(
     ] = None,
 ) -> None:
     """Stop a running server and free its memory."""
+    server = _chosen_server(pid)
+    os.kill(server.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while any(each.pid == server.pid for each in discovery.list_servers()):
+        if time.monotonic() > deadline:
+            _err.print(f"The server (pid {server.pid}) is still there. End it with: kill -9 {server.pid}")
+            raise typer.Exit(1)
+        time.sleep(0.1)
+    _out.print(f"The server (pid {server.pid}) has stopped.")
+
+
+def _chosen_server(pid: int | None) -> ServerFile:
+    """Return the running server that is meant, or end with the reason why that is not clear."""
     servers = discovery.list_servers()
     chosen = [server for server in servers if pid is None or server.pid == pid]
     if not chosen:
@@ -237,14 +270,7 @@ def stop(
     if len(chosen) > 1:
         _err.print(f"Several servers are running: name one of {', '.join(str(server.pid) for server in chosen)}.")
         raise typer.Exit(1)
-    os.kill(chosen[0].pid, signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while any(server.pid == chosen[0].pid for server in discovery.list_servers()):
-        if time.monotonic() > deadline:
-            _err.print(f"The server (pid {chosen[0].pid}) is still there. End it with: kill -9 {chosen[0].pid}")
-            raise typer.Exit(1)
-        time.sleep(0.1)
-    _out.print(f"The server (pid {chosen[0].pid}) has stopped.")
+    return chosen[0]
 
 
 def parse_bytes(text: str) -> int:

@@ -472,6 +472,8 @@ class FeaturesApplied(Message, frozen=True, tag="features_applied", kw_only=True
     preempted: int
     recompute_tokens: int
     """Positions that have to be computed again before the preempted requests go on."""
+    work: StepWork | None = None
+    """What a step has to read and compute from now on, where that is known."""
 
 
 class FeaturesSettled(Message, frozen=True, tag="features_settled"):

@@ -28,6 +28,7 @@ from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
 from inference_server.engine.structured import Grammars, StructureError
+from inference_server.engine.work import step_work
 from inference_server.features import SPECS, FeatureError, Features
 from inference_server.models import locate
 from inference_server.models.errors import ModelError
@@ -214,6 +215,8 @@ class Engine:
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
+        self.work = step_work(loaded)
+        """What a step has to read and compute with the weights in use."""
         self.telemetry_ns = 0
         """What building telemetry has cost the engine's thread."""
         self.busy_ns = 0
@@ -521,6 +524,9 @@ class Engine:
             preempted=len(interrupted),
             recompute_tokens=lost,
         )
+        if applied.cost != "free":  # other weights, or another cache, may be in use now
+            self.work = step_work(self.loaded)
+            applied = msgspec.structs.replace(applied, work=self.work)
         if interrupted:
             self._settling.append(_Settling(self.epoch, interrupted))
             return [applied]

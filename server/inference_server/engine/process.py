@@ -106,7 +106,6 @@ class EngineProcess:
         from inference_server.engine import calibration, loader  # noqa: PLC0415
         from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
         from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
-        from inference_server.engine.work import step_work  # noqa: PLC0415
         from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
@@ -142,7 +141,7 @@ class EngineProcess:
                 specs=engine.specs,
                 epoch=engine.epoch,
                 load_ns=time.monotonic_ns() - self.started_ns,
-                work=step_work(engine.loaded),
+                work=engine.work,
                 ceilings=known,
             )
         )

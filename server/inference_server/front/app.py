@@ -54,6 +54,7 @@ from inference_server.protocol import (
     RequestFailed,
     ServerInfo,
     StepReport,
+    StepWork,
 )
 from inference_server.version import distribution_version
 
@@ -188,6 +189,10 @@ class Front:
         """Log something that a person should know."""
         self.log.append(event)
         _log.warning("notice of the engine", severity=event.severity, text=event.text)
+
+    def work_changed(self, work: StepWork) -> None:
+        """Count the bytes and operations of later steps by it."""
+        self.book.work = work
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""

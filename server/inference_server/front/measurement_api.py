@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 import msgspec
@@ -70,7 +71,8 @@ class MeasurementApi:
     async def list_recordings(self) -> Response:
         """List the recordings, newest first."""
         recorder = self._recorder
-        return _json({"folder": str(recorder.folder), "active": recorder.active, "recordings": recorder.list()})
+        recordings = await asyncio.to_thread(recorder.list)  # it opens each file that it does not know yet
+        return _json({"folder": str(recorder.folder), "active": recorder.active, "recordings": recordings})
 
     async def recording(self, identifier: str) -> Response:
         """Say how one recording is."""

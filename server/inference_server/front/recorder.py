@@ -213,10 +213,12 @@ class Recorder:
         found: dict[str, RecordingEvent] = {}
         files = sorted(self.folder.glob(f"*{SUFFIX}"), reverse=True)[:_LISTED] if self.folder.is_dir() else []
         for path in files:
-            found[path.name.removesuffix(SUFFIX)] = self._describe(path)
-        found |= {identifier: event for identifier, event in self._states.items() if event.state != "finished"}
-        if self._active is not None:
-            found[self._active.id] = self._active
+            with contextlib.suppress(FileNotFoundError):  # removed a moment ago
+                found[path.name.removesuffix(SUFFIX)] = self._describe(path)
+        states, active = dict(self._states), self._active  # this may run beside the event loop
+        found |= {identifier: event for identifier, event in states.items() if event.state != "finished"}
+        if active is not None:
+            found[active.id] = active
         return sorted(found.values(), key=lambda event: event.id, reverse=True)
 
     def get(self, identifier: str) -> RecordingEvent:

@@ -54,6 +54,7 @@ from inference_server.protocol import (
     Shutdown,
     Sleep,
     StepReport,
+    StepWork,
     ToEngine,
     Wake,
 )
@@ -114,6 +115,9 @@ class Listener(Protocol):
 
     def notice(self, event: NoticeEvent) -> None:
         """The engine has something to say to a person."""
+
+    def work_changed(self, work: StepWork) -> None:
+        """Later steps have to read and compute as much as this says."""
 
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
@@ -590,6 +594,8 @@ class EngineSupervisor:
                 settled_ns=None if applied.preempted else applied.applied_at_ns,
             )
         )
+        if applied.work is not None:
+            self._listener.work_changed(applied.work)
         self._resolve(applied.correlation, applied)
 
     def _features_settled(self, settled: FeaturesSettled) -> None:

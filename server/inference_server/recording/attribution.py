@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from statistics import median
 
 from inference_server.protocol import PARTS, Kind, StepEvent
 
@@ -30,7 +29,9 @@ from inference_server.protocol import PARTS, Kind, StepEvent
     UNEXPLAINED,
 ) = range(len(PARTS))
 
-_REMEMBERED_STEPS = 16_384
+_REMEMBERED_STEPS = 8192
+_QUICK_STEPS = 64
+"""The newest steps keep a set of their requests; a thousand sets of a large batch would take megabytes."""
 _REMEMBERED_TURNS = 1024
 _REMEMBERED_PAUSES = 64
 _MEDIAN_OF = 15
@@ -66,9 +67,9 @@ class DecodeCost:
         below = self._sizes[max(place - 1, 0)] if above > size else above
         if below > size:
             below = above
-        high, low = median(self._recent[above]), median(self._recent[below])
+        high, low = _median(self._recent[above]), _median(self._recent[below])
         if above == below:
-            return int(high)
+            return high
         return int(low + (high - low) * (size - below) / (above - below))
 
 
@@ -77,7 +78,7 @@ class StepShares:
 
     __slots__ = (
         "attention", "begin", "decode", "draft", "end", "forward", "forward_end", "index", "members", "number",
-        "prompt_total", "prompts", "sample_end", "since", "start_end",
+        "prompt_total", "prompts", "requests", "sample_end", "since", "start_end",
     )  # fmt: skip
 
     def __init__(self, index: int, event: StepEvent, cost: DecodeCost) -> None:
@@ -100,7 +101,9 @@ class StepShares:
         self.forward_end = self.start_end + forward
         self.sample_end = self.forward_end + sample
         self.end = end
-        self.members = frozenset(event.request)
+        self.requests = event.request
+        self.members: frozenset[int] | None = frozenset(event.request)
+        """The same for a quick look, while the step is recent."""
         self.prompts: dict[int, tuple[int, int]] = {}
         decoding = total = 0
         for request, count, kind in zip(event.request, event.scheduled, event.kind, strict=True):
@@ -173,6 +176,8 @@ class Attribution:
         if len(self._steps) == _REMEMBERED_STEPS:
             self._by_number.pop(self._steps[0].number, None)
         self._steps.append(shares)
+        if len(self._steps) > _QUICK_STEPS:
+            self._steps[-_QUICK_STEPS - 1].members = None
         self._by_number[event.step] = shares
 
     def split(
@@ -246,7 +251,7 @@ class Attribution:
             shares = self._steps[place]
             if shares.end <= low:
                 return
-            if request in shares.members:
+            if request in (shares.requests if shares.members is None else shares.members):
                 shares.add_own(parts, request, low, high)
             elif leader in shares.prompts and leader != request:
                 shares.add_own(parts, leader, low, high)
@@ -269,6 +274,11 @@ class Attribution:
             parts[DETOKENIZE] += before + after
         parts[TRANSPORT] = transport
         parts[SEND] = send
+
+
+def _median(values: deque[int]) -> int:
+    # Of an even number the upper one: the module statistics would cost every start a tenth of a second.
+    return sorted(values)[len(values) // 2]
 
 
 def _overlap(low: int, high: int, begin: int, end: int) -> int:

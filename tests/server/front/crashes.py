@@ -113,9 +113,13 @@ def kill_engine(url: str, headers: dict[str, str], token: str, folder: Path, aft
         identifier = client.post("recordings", json={"name": "crash"}).raise_for_status().json()["id"]
         load = Load(url, headers, 4)
         time.sleep(after_s)
-        os.kill(client.get("info").json()["engine"]["pid"], signal.SIGKILL)
+        engine = client.get("info").json()["engine"]
+        os.kill(engine["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while client.get("info").json()["engine"]["restarts"] == engine["restarts"]:  # what it had said is still read
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         load.close()
-        time.sleep(0.3)  # what the engine had said is still on its way through the front
         answer = client.post(f"recordings/{identifier}/stop?wait=true", json={}).json()
         client.close()
         assert answer["state"] == "finished", answer

@@ -188,6 +188,15 @@ def test_a_preempted_request_stalls_while_others_run_and_recomputes_when_it_is_b
     assert found["unexplained"] == 3 * 400, "gaps between steps that nobody measured"
 
 
+def test_a_stall_is_found_over_hundreds_of_steps() -> None:
+    first = step_event(1, [1, 2], 1000)
+    without = [step_event(number, [2], 1000 * number) for number in range(2, 500)]
+    back = step_event(500, [1, 2], 500_000)
+    found = _split(_with_steps(first, *without, back), back, 1, low_ns=1300)
+    assert found["stall"] == 498 * 600
+    assert found["forward"] == 500 + 230, "the step after the stall, and the end of the one before it"
+
+
 def test_while_the_engine_sleeps_its_requests_stall() -> None:
     before, after = step_event(1, [1], 1000), step_event(2, [1], 9000)
     attribution = _with_steps(before, after)
@@ -239,6 +248,7 @@ def test_memory_stays_bounded_over_many_steps() -> None:
     attribution = Attribution()
     for number in range(1, 40_000):
         attribution.add_step(step_event(number, [1], 1000 * number))
-    assert len(attribution._steps) == len(attribution._by_number) == 16_384
+    assert len(attribution._steps) == len(attribution._by_number) == 8192
     last = step_event(39_999, [1], 39_999_000)
     assert _split(attribution, last, 1)["forward"] == 500
+    assert sum(step.members is not None for step in attribution._steps) == 64

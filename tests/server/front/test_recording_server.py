@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from watcher import Watcher
 from inference_server.protocol import RecordingEvent
 from inference_server.recording.convert import finish
 from inference_server.recording.file import RecordingFile
-from inference_server.recording.journal import JournalReader
+from inference_server.recording.journal import JournalReader, is_being_written
 
 Start = Callable[..., RunningFront]
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -225,3 +228,58 @@ def test_killing_the_process_that_makes_the_file_costs_nothing(scripted: Start, 
     with RecordingFile(finish(journal)) as file:
         rows = file.manifest.tables["tokens"].rows
     assert rows >= 800 - int((FLUSH_S + GRACE_S) / 0.002)
+
+
+def command(front: RunningFront, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JUPYTER_RUNTIME_DIR": str(front.folder / "runtime"),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "inference_server.cli", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_command_line_records_a_running_server(scripted: Start) -> None:
+    front = scripted("good", step_s=0.01)
+    front.wait_for_engine("ready")
+    load = crashes.Load(front.url, HEADERS, 1)
+    done = command(front, "record", "--seconds", "1", "--name", "from the shell")
+    load.close()
+    assert done.returncode == 0, done.stderr
+    with RecordingFile(done.stdout.strip()) as file:
+        assert file.manifest.name == "from the shell"
+        assert 0.9 <= (file.manifest.ended_ns - file.manifest.started_ns) / 1e9 < 5
+        assert file.table("tokens").num_rows > 20
+    front.http.post("/recordings", json={"name": "mine"})
+    refused = command(front, "record", "--seconds", "1")
+    assert refused.returncode == 1
+    assert "'mine' is being recorded" in refused.stderr
+
+
+def test_the_command_line_recovers_a_journal_and_refuses_what_is_none(scripted: Start, tmp_path: Path) -> None:
+    front = scripted("good", step_s=0.004)
+    front.wait_for_engine("ready")
+    front.http.post("/recordings", json={})
+    generate(front, 300)
+    [journal] = folder_of(front).glob("*.iwjournal")
+    in_use = command(front, "recover", str(journal))
+    assert in_use.returncode == 1
+    assert "in use" in in_use.stderr
+    front.process.kill()
+    front.process.wait()
+    front.wait_for(lambda: not is_being_written(journal), "end of the process")
+    recovered = command(front, "recover", str(journal))
+    assert recovered.returncode == 0, recovered.stderr
+    assert str(journal.with_suffix(".iwrec")) in recovered.stdout
+    letter = tmp_path / "letter.iwjournal"
+    letter.write_text("Dear …")
+    refused = command(front, "recover", str(letter))
+    assert refused.returncode == 1
+    assert "no journal" in refused.stderr
