@@ -29,7 +29,7 @@ def tables(view: Locator) -> dict[str, list[str]]:
         button = card.locator(".iw-table-button")
         button.click()
         card.locator("table tbody tr").first.wait_for()
-        view.page.wait_for_timeout(400)
+        view.page.wait_for_timeout(250)
         found[name] = card.locator("table tr").all_inner_texts()
         button.click()
     return found
@@ -131,6 +131,7 @@ def test_the_cost_of_watching_is_measured_and_its_level_can_be_switched(page: Pa
     panel = open_panel(page, lab)
     generate(panel, "long", tokens=200)
     expect(panel.locator("[data-figure=observer]")).to_have_text(re.compile(r"^(< )?[\d.]+$"), timeout=20_000)
+    panel.locator("[data-action=stop]").click()
     finished(panel)
     level = panel.locator(".iw-observer-level")
     level.select_option("steps")

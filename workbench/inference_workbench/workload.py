@@ -289,7 +289,7 @@ class WorkloadRun:
         for name, q in itertools.product(("ttft_ms", "e2e_ms"), (50, 95)):
             figures[f"{name}_p{q}"] = _percentile(rows[name].dropna(), q)
             figures[f"recorded_{name}_p{q}"] = _percentile(rows[f"recorded_{name}"].dropna(), q)
-        return pd.Series(figures)
+        return pd.Series(figures, dtype=object)
 
     def __repr__(self) -> str:
         verdicts = self.requests["verdict"].value_counts()
