@@ -210,7 +210,7 @@ SPECS: tuple[FeatureSpec, ...] = (
         cost="free",
         description=(
             "Schedule and launch the next step while the GPU still computes this one; its tokens stay on the device "
-            "until then. Needs the fast path, and greedy requests: others are chosen before the next step begins."
+            "until then. Needs the fast path; penalties and schemas need each token before the next step, and end it."
         ),
     ),
     FeatureSpec(

@@ -29,6 +29,7 @@ EngineState = Literal["starting", "loading", "ready", "asleep", "failed", "resta
 RequestState = Literal["queued", "running", "preempted", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Severity = Literal["info", "warning", "error"]
+TrafficState = Literal["running", "stopped"]
 RecordingState = Literal["recording", "finishing", "finished", "failed"]
 Instrumentation = Literal["off", "steps", "full"]
 
@@ -168,6 +169,8 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     """ISO 8601."""
     seconds: float
     """How long the measurement took."""
+    others_cores: float = 0.0
+    """Cores that other processes kept busy meanwhile; with more than a fifth of one the figures may be too low."""
     versions: dict[str, str] = {}
 
 
@@ -630,6 +633,26 @@ class EngineEvent(Message, frozen=True, tag="engine", kw_only=True):
     failed_requests: int = 0
 
 
+class TrafficEvent(Message, frozen=True, tag="traffic", kw_only=True):
+    """What the server's own load generator does: sent when it starts, changes or stops, and once a second between."""
+
+    at_ns: int
+    state: TrafficState
+    workload: dict[str, Any]
+    """``inference_server.workloads.workload.Workload`` as plain values."""
+    started_ns: int
+    sent: int
+    """Requests since the start."""
+    in_flight: int
+    finished: int
+    failed: int
+    dropped: int
+    """Arrivals that were left out because too many requests were under way already."""
+    output_tokens: int
+    message: str = ""
+    """For a person: why it stopped, or the last failure."""
+
+
 class NoticeEvent(Message, frozen=True, tag="notice_event"):
     """Something a person should know: memory ran out and what was done about it, a check that failed."""
 
@@ -732,6 +755,7 @@ Event = (
     | RecordingEvent
     | TelemetryCostEvent
     | CeilingsEvent
+    | TrafficEvent
     | NoticeEvent
 )
 
@@ -766,6 +790,8 @@ class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """What is being recorded or finished now, and what ended lately."""
     ceilings: Ceilings | None = None
     """Of the loaded model's device and dtype, once measured."""
+    traffic: TrafficEvent | None = None
+    """What the load generator does, or did last."""
 
 
 class Frame(Message, frozen=True, tag="frame", kw_only=True):

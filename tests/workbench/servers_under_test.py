@@ -101,3 +101,15 @@ class InferenceServer:
     def stop(self):
         self._process.terminate()
         self._process.wait(20)
+
+
+def wait_for_socket(server, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.uds))) as client:
+                client.get("http://localhost/")
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.05)

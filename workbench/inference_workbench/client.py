@@ -41,6 +41,7 @@ from inference_workbench.servers import Server, find_or_start
 from inference_workbench.store import ENDED, EventStore
 from inference_workbench.switches import Switches
 from inference_workbench.telemetry import Telemetry
+from inference_workbench.traffic import Traffic
 
 if TYPE_CHECKING:
     from inference_workbench.panel import Panel
@@ -155,6 +156,8 @@ class Workbench:
         self.telemetry = Telemetry(lambda: self._server.endpoint, self.store)
         """The background connection that feeds the store."""
         self._features = Switches(self._call, self.store)
+        self.traffic = Traffic(self._call)
+        """Requests that the server sends to itself: ``wb.traffic.start("chat", concurrency=8)``."""
         self.recordings = Recordings(self._call, lambda: self._http)
         """What was recorded on the server, and the way to record."""
         self.last_run: Run | None = None

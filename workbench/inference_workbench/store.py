@@ -333,6 +333,9 @@ class EventStore:
         event = None if handle is None else self._requests.get(handle)
         if handle is None or event is None or event.state not in ENDED:
             return False
+        switch = self._features.get(self.epoch)
+        if switch is not None and switch.values.get("instrumentation", "full") != "full":
+            return True  # its tokens are not told
         if self._tokens_seen.get(handle, 0) < event.output_tokens:
             return False
         return event.output_tokens == 0 or self._steps_seen.get(handle, -1) >= self._last_sent_step.get(handle, 0)

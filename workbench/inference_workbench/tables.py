@@ -77,7 +77,8 @@ class Tables(Mapping[str, pd.DataFrame]):
         try:
             for name in self._names:
                 connection.register(name, self.arrow(name))
-            return connection.sql(query).df()
+            result: pd.DataFrame = connection.sql(query).df()
+            return result
         finally:
             connection.close()
 

@@ -584,7 +584,7 @@ class Engine:
             and flight.plan.use_cache
             and features.kv_cache
             and not self._replays
-            and all(map(sampler.takes_most_likely, flight.sampling))
+            and not any(map(sampler.depends_on_its_output, flight.sampling))
         )
 
     def _launch(self, phases: _Phases) -> _Flight | None:

@@ -1,17 +1,18 @@
 """Loads a causal language model into transformers and proves that the engine computes it correctly.
 
-A model is refused, with a message, unless attention went through the engine's function once per layer and the logits
-agree with transformers' own eager attention on a short prompt, both as one prefill and token by token.
+A model is refused, with a message, unless attention went through the engine's function once per layer and each layer's
+agrees with transformers' own eager attention on a short prompt, both as one prefill and token by token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -131,7 +132,7 @@ def inspect(
     """Find out a loaded model's cache layout and verify it against eager attention."""
     config = model.config.get_text_config()
     progress("checking attention", 0.9, "one prefill and one decode against the reference")
-    kv_shapes = _kv_shapes(model)
+    kv_shapes, blocks = _attention_layers(model)
     if not kv_shapes:
         raise ModelError(
             f"{located.name} ({model.config.model_type}) does not route attention through transformers' registry, so "
@@ -148,27 +149,45 @@ def inspect(
         eos_token_ids=_eos_token_ids(model),
         max_model_len=getattr(config, "max_position_embeddings", None) or 1 << 17,
     )
-    check(loaded)
+    check(loaded, blocks)
     return loaded
 
 
-def check(loaded: LoadedModel) -> float:
-    """Compare the engine's logits with eager attention; return the largest relative difference.
+def check(loaded: LoadedModel, blocks: list[nn.Module]) -> float:
+    """Compare the engine's attention with transformers' eager one, layer by layer; return the largest difference.
+
+    Both run over the same prompt, and wherever the engine's attention block has given its result, the recorded one of
+    the eager run goes on: every layer gets the inputs it got there. So the differences of one layer do not add up over
+    the depth, where rounding alone makes them larger than a mistake would be.
 
     Raises
     ------
     ModelError
-        If they differ by more than rounding, or attention was not called once per layer.
+        If a layer differs by more than rounding, or attention was not called once per layer.
     """
-    model, config = loaded.model, loaded.config
+    model, config, name = loaded.model, loaded.config, loaded.located.name
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (CHECK_LENGTH,), generator=generator).tolist()
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    with torch.inference_mode():
-        ids = torch.tensor([tokens], device=loaded.device)
-        expected = model(input_ids=ids, use_cache=False).logits[0, -2:].float()
-    model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    ids = torch.tensor([tokens], device=loaded.device)
+    recorded: dict[int, Tensor] = {}
+    differences: list[Tensor] = []
+    place = slice(0, CHECK_LENGTH)
 
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        recorded[id(module)] = _first(output)
+
+    def compare(module: nn.Module, _: Any, output: Any) -> Any:
+        expected = recorded[id(module)][:, place]
+        got = _first(output)
+        differences.append((got.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6))
+        return (expected, *output[1:]) if isinstance(output, tuple) else expected
+
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        with _hooks(blocks, record), torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
+    finally:
+        model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     tensors = PagedKVTensors(4, 8, loaded.device, loaded.dtype)
     tensors.reserve(loaded.kv_shapes)
     runner = ModelRunner(model, tensors)
@@ -177,31 +196,53 @@ def check(loaded: LoadedModel) -> float:
         handle=0, prompt_len=CHECK_LENGTH, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0
     )
     request.blocks = [2, 0]
-    got = []
-    for start, count in ((0, CHECK_LENGTH - 1), (CHECK_LENGTH - 1, 1)):
-        plan = StepPlan(0, [Scheduled(request, start, count, Kind.PREFILL, sample=True)], use_cache=True)
-        got.append(runner.forward(plan, runner.prepare(plan))[0].float())
-        if runner.last_attention_calls != loaded.num_layers:
-            raise ModelError(
-                f"{loaded.located.name}: attention was called {runner.last_attention_calls} times for "
-                f"{loaded.num_layers} layers, so part of the model bypasses the KV cache; it cannot be served"
-            )
-    difference = (torch.stack(got) - expected).norm() / expected.norm().clamp(min=1e-6)
+    with _hooks(blocks, compare):
+        for start, count in ((0, CHECK_LENGTH - 1), (CHECK_LENGTH - 1, 1)):
+            place = slice(start, start + count)
+            plan = StepPlan(0, [Scheduled(request, start, count, Kind.PREFILL, sample=True)], use_cache=True)
+            got = runner.forward(plan, runner.prepare(plan))[0].float()
+            expected = logits[start + count - CHECK_LENGTH + 1]
+            differences.append((got - expected).norm() / expected.norm().clamp(min=1e-6))
+            if runner.last_attention_calls != loaded.num_layers:
+                raise ModelError(
+                    f"{name}: attention was called {runner.last_attention_calls} times for {loaded.num_layers} "
+                    "layers, so part of the model bypasses the KV cache; it cannot be served"
+                )
+    worst: list[float] = torch.stack(differences).nan_to_num(nan=torch.inf).view(2, -1).amax(0).tolist()
     tolerance = 1e-4 if loaded.dtype == torch.float32 else 5e-2
-    if not float(difference) <= tolerance:
+    if max(worst) > tolerance:
+        first = next(place for place, difference in enumerate(worst) if difference > tolerance)
+        what = "logits differ" if first == loaded.num_layers else f"attention of layer {first} differs"
         raise ModelError(
-            f"{loaded.located.name}: logits differ from transformers' own by {float(difference):.2g} (relative; "
-            f"allowed {tolerance:.0e}). Its attention does something this engine does not know; it cannot be served"
+            f"{name}: {what} from transformers' own by {worst[first]:.2g} (relative; allowed {tolerance:.0e}). It does "
+            "something that this engine does not know; the model cannot be served"
         )
-    return float(difference)
+    return max(worst)
 
 
-def _kv_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """Run one token and note what each attention layer hands to the registered function."""
+def _first(output: Any) -> Tensor:
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+@contextmanager
+def _hooks(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_layers(model: Any) -> tuple[list[tuple[int, int, int]], list[nn.Module]]:
+    """Run one token; note what each attention layer hands to the registered function, and the modules that do."""
     shapes: dict[int, tuple[int, int, int]] = {}
+    blocks: dict[int, nn.Module] = {}
 
     def spy(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
         shapes[module.layer_idx] = (key.shape[1], key.shape[3], value.shape[3])  # type: ignore[index]
+        blocks[module.layer_idx] = module  # type: ignore[index]
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, 1).transpose(1, 2), None
 
@@ -218,8 +259,8 @@ def _kv_shapes(model: Any) -> list[tuple[int, int, int]]:
     finally:
         model.set_attn_implementation(attention.NAME)
     if sorted(shapes) != list(range(len(shapes))):
-        return []
-    return [shapes[layer] for layer in sorted(shapes)]
+        return [], []
+    return [shapes[layer] for layer in sorted(shapes)], [blocks[layer] for layer in sorted(blocks)]
 
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ request draws the same numbers whatever else is in the batch, after any preempti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from struct import pack
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ class Tokens(Protocol):
 
     def tolist(self) -> list[int]:
         """Wait for them and return them."""
+
+
+@runtime_checkable
+class Chosen(Protocol):
+    """Tokens that were chosen, as :func:`sample` would, where the logits are."""
+
+    @property
+    def final(self) -> bool:
+        """Whether that holds for every row; otherwise they are just the most likely ones."""
+
+    def sampled(self) -> Sampled:
+        """Wait for them and return them with what was asked for."""
 
 
 @dataclass(slots=True)
@@ -54,6 +66,8 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
     """
     if not requests:
         return Sampled([], [], [])
+    if isinstance(greedy, Chosen) and greedy.final:
+        return greedy.sampled()
     if greedy is not None and all(map(takes_most_likely, requests)):
         # No copy of the logits and no search: at 32 rows of a large vocabulary they cost milliseconds.
         count = len(requests)
@@ -101,18 +115,53 @@ def filtered_probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
     Temperature, then top-k, then top-p, then min-p, each renormalized, which is the order of vLLM and transformers.
     Ties at a threshold are kept.
     """
-    device = logits.device
-    temperature = torch.tensor([request.sampling.temperature for request in requests], device=device).double()
-    scaled = logits.double() / temperature[:, None]
-    probabilities = torch.softmax(scaled, dim=-1)
-    vocab = logits.shape[1]
-    # What is asked for is decided here: asking the device would mean waiting for it.
-    settings = [request.sampling for request in requests]
-    if any(0 < each.top_k < vocab or each.top_p < 1 for each in settings):
-        top_k = torch.tensor([min(each.top_k or vocab, vocab) for each in settings], device=device)
-        top_p = torch.tensor([each.top_p for each in settings], device=device).double()
+    filters = Filters.of(requests, logits.shape[1])
+    columns = torch.tensor(filters.columns, dtype=torch.float64, device=logits.device)
+    return filter_probabilities(logits, filters.on(columns))
+
+
+@dataclass(slots=True)
+class Filters:
+    """Temperatures and filters of some rows, and which of them change anything."""
+
+    columns: list[list[float]]
+    """Temperature, top-k, top-p and min-p of each row."""
+    largest: bool
+    """Some row keeps its likeliest tokens only (top-k or top-p)."""
+    least: bool
+    """Some row drops its least likely tokens (min-p)."""
+    values: Tensor | None = None
+
+    @classmethod
+    def of(cls, requests: list[Request], vocab: int) -> Filters:
+        """The filters that the requests ask for."""
+        settings = [request.sampling for request in requests]
+        # What is asked for is decided here: asking the device would mean waiting for it.
+        return cls(
+            columns=[
+                [each.temperature for each in settings],
+                [float(min(each.top_k or vocab, vocab)) for each in settings],
+                [each.top_p for each in settings],
+                [each.min_p for each in settings],
+            ],
+            largest=any(0 < each.top_k < vocab or each.top_p < 1 for each in settings),
+            least=any(each.min_p > 0 for each in settings),
+        )
+
+    def on(self, values: Tensor) -> Filters:
+        """The same with the columns where the logits are, ``[4, S]`` in float64."""
+        return replace(self, values=values)
+
+
+def filter_probabilities(logits: Tensor, filters: Filters) -> Tensor:
+    """:func:`filtered_probabilities` with the filters on the device already; waits for nothing."""
+    if filters.values is None:
+        raise ValueError("the filters have to be where the logits are: see Filters.on")
+    temperature, top_k, top_p, min_p = filters.values
+    probabilities = torch.softmax(logits.double() / temperature[:, None], dim=-1)
+    if filters.largest:
         descending = probabilities.sort(dim=-1, descending=True).values
-        threshold = descending.gather(1, (top_k - 1)[:, None])
+        threshold = descending.gather(1, (top_k.long() - 1)[:, None])
         probabilities = probabilities.where(probabilities >= threshold, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
         descending = probabilities.sort(dim=-1, descending=True).values
@@ -123,8 +172,7 @@ def filtered_probabilities(logits: Tensor, requests: list[Request]) -> Tensor:
         restricted = (top_p < 1)[:, None]
         probabilities = probabilities.where((probabilities >= threshold) | ~restricted, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    if any(each.min_p > 0 for each in settings):
-        min_p = torch.tensor([each.min_p for each in settings], device=device).double()
+    if filters.least:
         peak = probabilities.max(dim=-1, keepdim=True).values
         probabilities = probabilities.where(probabilities >= min_p[:, None] * peak, 0.0)
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
@@ -146,6 +194,11 @@ def takes_most_likely(request: Request) -> bool:
     sampling = request.sampling
     plain = request.constraint is None and not _has_penalties(request)
     return plain and sampling.temperature == 0 and sampling.logprobs is None
+
+
+def depends_on_its_output(request: Request) -> bool:
+    """Whether choosing a token needs to know the ones before it: penalties and constraints do."""
+    return request.constraint is not None or _has_penalties(request)
 
 
 def _has_penalties(request: Request) -> bool:

@@ -24,6 +24,7 @@ from inference_server.protocol import (
     RequestState,
     StepEvent,
     TokensEvent,
+    TrafficEvent,
 )
 
 Tap = Callable[[Event, bytes], None]
@@ -66,6 +67,7 @@ class EventLog:
         self._engine: tuple[Entry, EngineEvent] | None = None
         self._features: tuple[Entry, FeaturesEvent] | None = None
         self._ceilings: tuple[Entry, CeilingsEvent] | None = None
+        self._traffic: tuple[Entry, TrafficEvent] | None = None
         self._recordings: dict[str, tuple[Entry, RecordingEvent]] = {}
         self._listeners: set[Callable[[], None]] = set()
         self._tap: Tap | None = None
@@ -103,6 +105,11 @@ class EventLog:
     def ceilings(self) -> CeilingsEvent | None:
         """What the machine can do at best, once measured."""
         return self._ceilings[1] if self._ceilings else None
+
+    @property
+    def traffic(self) -> TrafficEvent | None:
+        """What the load generator does, or did last."""
+        return self._traffic[1] if self._traffic else None
 
     @property
     def recordings(self) -> list[RecordingEvent]:
@@ -179,7 +186,9 @@ class EventLog:
         A client that missed that stretch of the log knows every state again once it has these.
         """
         entries = [entry for entry, _ in self._requests.values()]
-        entries += [kept[0] for kept in (self._engine, self._features, self._ceilings) if kept is not None]
+        entries += [
+            kept[0] for kept in (self._engine, self._features, self._ceilings, self._traffic) if kept is not None
+        ]
         entries += [entry for entry, _ in self._recordings.values()]
         return sorted((e for e in entries if begin <= e.position < end), key=lambda entry: entry.position)
 
@@ -197,6 +206,8 @@ class EventLog:
             self._features = (entry, event)
         elif isinstance(event, CeilingsEvent):
             self._ceilings = (entry, event)
+        elif isinstance(event, TrafficEvent):
+            self._traffic = (entry, event)
         elif isinstance(event, RecordingEvent):
             self._recordings[event.id] = (entry, event)
             while len(self._recordings) > _RECENT_RECORDINGS:

@@ -33,6 +33,7 @@ from inference_server.protocol import (
     ServerError,
     ServerInfo,
     Subscribe,
+    TrafficEvent,
 )
 
 _FRAME_BYTES = 1 << 20
@@ -59,6 +60,7 @@ class _RawSnapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     requests: list[RequestEvent]
     history: list[msgspec.Raw]
     recordings: list[RecordingEvent]
+    traffic: TrafficEvent | None
     ceilings: Ceilings | None
 
 
@@ -141,6 +143,7 @@ class TelemetryHub:
             requests=self._log.requests,
             history=[entry.encoded for entry in history],
             recordings=self._log.recordings,
+            traffic=self._log.traffic,
             ceilings=self._log.ceilings.ceilings if self._log.ceilings else None,
         )
         return msgspec.msgpack.encode(snapshot)

@@ -142,18 +142,36 @@ def test_cancelling_between_overlapping_steps_emits_nothing_more() -> None:
     assert seen[1] == before
 
 
-def test_sampled_requests_share_steps_with_greedy_ones() -> None:
+def test_sampled_requests_get_the_same_tokens_alone_together_and_with_steps_that_overlap() -> None:
     model = build("llama").to(DEVICE)
     engine = engine_for(model)
-    texts = prompts(4)
-    sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "ignore_eos": True}
+    texts = prompts(6)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5, "ignore_eos": True},
+        GREEDY,
+        {"temperature": 1.1, "top_k": 20, "seed": 6, "ignore_eos": True, "logprobs": 2},
+    ]
     expected = {}
+    engine.set_features(0, {"overlap": False, "fast_path": False})
     for handle, text in enumerate(texts):
-        submit(engine, handle, text, max_tokens=20, **(GREEDY if handle % 2 else sampled))
+        submit(engine, handle, text, max_tokens=20, **kinds[handle % 3])
         expected |= run(engine)
-    for handle, text in enumerate(texts):
-        submit(engine, handle, text, max_tokens=20, **(GREEDY if handle % 2 else sampled))
-    assert run(engine) == expected
+    for overlap in (False, True):
+        engine.set_features(0, {"overlap": overlap, "fast_path": True})
+        for handle, text in enumerate(texts):
+            submit(engine, handle, text, max_tokens=20, **kinds[handle % 3])
+        ahead = 0
+        outputs: dict[int, list[int]] = {handle: [] for handle in expected}
+        while engine.has_work():
+            report, _ = engine.step()
+            assert report is not None
+            ahead += engine._flight is not None
+            for handle, token in zip(report.tokens.request, report.tokens.token_id, strict=True):
+                outputs[handle].append(token)
+            for handle, logprob in zip(report.tokens.request, report.tokens.logprob, strict=True):
+                assert (logprob is not None) == (handle % 3 == 2)
+        assert outputs == expected
+        assert (ahead > 10) == overlap, "steps are launched before the tokens of the last are known"
 
 
 def test_a_steps_device_time_is_reported() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from architectures import build
 
 from inference_server.engine.attention import NAME, PagedKVTensors
-from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu import kernels, path, runner
 from inference_server.engine.gpu.runner import GpuRunner
 from inference_server.engine.llama import fuse
 from inference_server.engine.request import Request
@@ -166,13 +166,18 @@ def test_decode_attention_over_scattered_blocks_agrees_with_float64(
         out = torch.full((len(qkv), case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
         positions = torch.tensor([*(length - 1 for length in lengths), -1], device=DEVICE, dtype=torch.int32)
         seats = torch.tensor([*range(len(lengths)), -1], device=DEVICE, dtype=torch.int32)
+        # The same projection whole, and in parts that the kernel adds, its rows started in another order.
+        part = torch.randn_like(qkv, dtype=torch.float32)
+        given = qkv if splits == 1 else torch.stack([qkv.float() - part, part])
+        order = None if splits == 1 else torch.randperm(len(qkv)).to(DEVICE, torch.int32)
         count = len(qkv) * case.kv
         counters = torch.zeros(count, dtype=torch.int32, device=DEVICE)
         scratch = count * splits * kernels.padded_group(case.heads // case.kv)
         kernels.attend_decode(
-            qkv, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
+            given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
             out, torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
             scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits, block=16,
+            order=order,
         )  # fmt: skip
         q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
         for row, length in enumerate(lengths):
@@ -228,8 +233,19 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
         assert relative(out[row], expected.flatten()) < 4 * tolerance(dtype), f"request {seat}, position {position}"
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "mistral-window", "qwen3"] if CUDA else ["mistral-window", "qwen3"])
-def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mixed_decode_rows"),
+    [
+        ("mistral-window", 1),
+        ("qwen3", 100),
+        *([("llama-mha", 1), ("qwen3", 1), ("mistral-window", 100)] if CUDA else []),
+    ],
+)
+def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(
+    name: str, mixed_decode_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MIXED_DECODE_ROWS", mixed_decode_rows)
+    monkeypatch.setattr(runner, "SORTED_ROWS", mixed_decode_rows)
     model: Any = build(name).to(DEVICE)
     model.set_attn_implementation(NAME)
     tensors = PagedKVTensors(64, 16, torch.device(DEVICE), torch.float32)
@@ -242,7 +258,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
     random.Random(0).shuffle(blocks)
     for handle, length in enumerate((120, 40, 17, 5)):
         tokens = torch.randint(3, 256, (length + 8,)).tolist()
-        sampling = SamplingParams(max_tokens=1)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
         request = Request(handle=handle, prompt_len=length, tokens=tokens, sampling=sampling, seed=0, arrival=handle)
         request.blocks = [blocks.pop() for _ in range(-(-len(tokens) // 16))]
         requests.append(request)
@@ -278,3 +294,17 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
     assert relative(got, expected) <= 1e-5
+
+
+def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path, "CHECK_LAYERS", 2)
+    model: Any = build("llama").to(DEVICE)
+    model.set_attn_implementation(NAME)
+    tensors = PagedKVTensors(4, 16, torch.device(DEVICE), torch.float32)
+    tensors.reserve([(2, 16, 16)] * 3)
+    architecture = fuse(model, torch.float32, 64)
+    every = list(model.model.layers)
+    assert path._difference(model, architecture, tensors) < 1e-5
+    assert list(model.model.layers) == every
+    architecture.layers[2].down = architecture.layers[2].down * 1.02
+    assert path._difference(model, architecture, tensors) > 1e-4

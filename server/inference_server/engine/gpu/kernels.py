@@ -11,6 +11,7 @@ only then waits for the other's results (``gdc_wait``).
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,27 +29,39 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-_compiling = False
+class _Mode(threading.local):
+    compiling = False
+
+
+_mode = _Mode()
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within, the functions of this module compile their kernels, many at once, and launch nothing."""
-    global _compiling  # noqa: PLW0603 - every launch of this module has to know
+    """Within, the functions of this module compile their kernels, many at once, and launch nothing.
+
+    It holds for the calling thread alone: others may launch meanwhile.
+    """
     if INTERPRETED:
         yield
         return
-    _compiling = True
+    _mode.compiling = True
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
-        _compiling = False
+        _mode.compiling = False
 
 
-def _start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = x @ weight.T`` by cuBLAS."""
+    if not _mode.compiling:
+        torch.mm(x, weight.t(), out=out)
+
+
+def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """What launches ``kernel`` on ``grid``, or only compiles it."""
-    if _compiling:
+    if _mode.compiling:
         return partial(kernel.run, grid=grid, warmup=True)
     launch: Callable[..., Any] = kernel[grid]
     return launch
@@ -57,8 +70,16 @@ def _start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 @triton.jit
 def _wait(PDL: tl.constexpr):
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def ask(pointers):
+    """Have the lines that hold ``pointers`` brought into the L2 cache, waiting for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # -- matrix times one vector -------------------------------------------------------------------------------------------
@@ -191,7 +212,7 @@ def gemv(
     """
     n, k = weight.shape
     rows, columns, warps = tile or gemv_tile(n, k)
-    _start(_gemv_kernel, (triton.cdiv(n, rows),))(
+    start(_gemv_kernel, (triton.cdiv(n, rows),))(
         x,
         gain,
         weight,
@@ -206,7 +227,7 @@ def gemv(
         columns,
         pdl,
         num_warps=warps,
-        **_launch(pdl),
+        **launch_options(pdl),
     )
 
 
@@ -217,8 +238,8 @@ def gemv_gate_up(
     n, k = weight.shape[0] // 2, weight.shape[1]
     rows, columns, warps = tile or (8, min(int(triton.next_power_of_2(k)), 512), 4)
     rows = max(rows // 2, 1)
-    _start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
-        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **_launch(pdl)
+    start(_gemv_gate_up_kernel, (triton.cdiv(n, rows),))(
+        x, gain, weight, out, n, k, eps, rows, columns, pdl, num_warps=warps, **launch_options(pdl)
     )
 
 
@@ -241,14 +262,14 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
     """``residual[row] = table[ids[row]]``; an id of −1 stands for the token last chosen for the row's seat."""
     rows, hidden = residual.shape
     block = min(triton.next_power_of_2(hidden), 1024)
-    _start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
-        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **_launch(pdl)
+    start(_embed_kernel, (rows, triton.cdiv(hidden, block)))(
+        ids, seats, last, table, residual, hidden, block, pdl, num_warps=4, **launch_options(pdl)
     )
 
 
 @triton.jit
 def _norm_kernel(
-    residual, delta, gain, out, select, HIDDEN: tl.constexpr, eps, ADD: tl.constexpr, SELECT: tl.constexpr,
+    residual, delta, gain, out, select, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, SELECT: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -259,10 +280,10 @@ def _norm_kernel(
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
     x = tl.load(residual + source * HIDDEN + column, mask=mask, other=0.0)
-    if ADD:
-        x += tl.load(delta + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
-        if not SELECT:
-            tl.store(residual + source * HIDDEN + column, x, mask=mask)
+    for part in tl.static_range(PARTS):
+        x += tl.load(delta + part * apart + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0 and not SELECT:
+        tl.store(residual + source * HIDDEN + column, x, mask=mask)
     factor = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     y = x * factor * tl.load(gain + column, mask=mask, other=0.0)
     tl.store(out + row * HIDDEN + column, y.to(out.dtype.element_ty), mask=mask)
@@ -278,15 +299,17 @@ def add_norm(
     select: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
-    """``residual += delta``, and its RMS norm into ``out``.
+    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first.
 
     With ``select`` only these rows are normalized, and the sum is not kept.
     """
     rows, hidden = out.shape
     block = triton.next_power_of_2(hidden)
-    _start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, hidden, eps, delta is not None, select is not None, block, pdl,
-        num_warps=8 if block >= 4096 else 4, **_launch(pdl),
+    parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
+    apart = residual.shape[0] * hidden
+    start(_norm_kernel, (rows,))(
+        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
+        num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -305,20 +328,29 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     """``out = silu(gate) * up`` for ``both`` ``[T, 2 W]``, gate before up."""
     rows, width = out.shape
     block = min(triton.next_power_of_2(width), 1024)
-    _start(_silu_kernel, (rows, triton.cdiv(width, block)))(both, out, width, block, pdl, num_warps=4, **_launch(pdl))
+    start(_silu_kernel, (rows, triton.cdiv(width, block)))(
+        both, out, width, block, pdl, num_warps=4, **launch_options(pdl)
+    )
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, BIAS: tl.constexpr,
-             NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
-    """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32."""
+def _rotated(base, apart, bias, gain, heads, position, cos, sin, eps, PARTS: tl.constexpr, D: tl.constexpr,
+             BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
+    """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32.
+
+    The projection is the sum of ``PARTS``, that lie ``apart`` from one another.
+    """
     d = tl.arange(0, D)
     other = (d + D // 2) % D
     x = tl.load(base + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(base + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        more = base + part * apart
+        x += tl.load(more + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(more + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
         y += tl.load(bias + heads[:, None] * D + other[None, :], mask=mask, other=0.0)
@@ -336,18 +368,38 @@ def _rotated(base, bias, gain, heads, position, cos, sin, eps, D: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_decode_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
-    scale, eps, table_width, block_size,
+    qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
+    scale, eps, table_width, block_size, apart,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    head = tl.program_id(1)
+    # The heads of a row side by side: their keys lie in the same pages of memory.
+    head = tl.program_id(0)
+    row = tl.program_id(1)
     split = tl.program_id(2)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
-    _wait(PDL)
+    if ORDERED:
+        # The longest contexts first: programs that start last decide when all are done.
+        row = tl.load(order + row)
     position = tl.load(positions + row)
+    if AHEAD:
+        # Positions and block tables are inputs of the step, and all but the newest key and value are older than it:
+        # have the first of them brought into the L2 cache while the projection is still being computed.
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(position + 1 - WINDOW, 0)
+        first += split * tl.cdiv(tl.cdiv(position + 1 - first, SPLITS), BLOCK) * BLOCK
+        p = first + tl.arange(0, BLOCK)
+        early = p < position
+        slot = tl.load(tables + tl.load(seats + row) * table_width + p // block_size, mask=early, other=0)
+        place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
+        line = tl.arange(0, LINES) * (D // LINES)
+        ask(keys + place[:, None] + line[None, :])
+        ask(values + place[:, None] + line[None, :])
+    _wait(PDL)
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
     own = (g < G)[:, None]
@@ -368,7 +420,8 @@ def _attend_decode_kernel(
             stop = tl.minimum(begin + share, position)
             base = qkv + row * ((H + 2 * KV) * D)
             table = tables + tl.load(seats + row) * table_width
-            q = _rotated(base, bias, q_gain, head * G + g, position, cos, sin, eps, D, BIAS, NORM, ROTATE, own)
+            q = _rotated(base, apart, bias, q_gain, head * G + g, position, cos, sin, eps, PARTS, D, BIAS, NORM, ROTATE,
+                         own)  # fmt: skip
             q = (q * (scale * LOG2E)).to(keys.dtype.element_ty)
             if WIDE:
                 q = q.to(tl.float32)
@@ -397,9 +450,11 @@ def _attend_decode_kernel(
                 largest = peak
             if split == active - 1:
                 one = tl.arange(0, 1)
-                k_new = _rotated(base, bias, k_gain, H + head + one, position, cos, sin, eps, D, BIAS, NORM, ROTATE,
-                                 (one == 0)[:, None])  # fmt: skip
+                k_new = _rotated(base, apart, bias, k_gain, H + head + one, position, cos, sin, eps, PARTS, D, BIAS, NORM,
+                                 ROTATE, (one == 0)[:, None])  # fmt: skip
                 v_new = tl.load(base + (H + KV + head) * D + d).to(tl.float32)
+                for part in tl.static_range(1, PARTS):
+                    v_new += tl.load(base + part * apart + (H + KV + head) * D + d).to(tl.float32)
                 if BIAS:
                     v_new += tl.load(bias + (H + KV + head) * D + d)
                 k_new = tl.reshape(k_new, (D,)).to(keys.dtype.element_ty)
@@ -442,13 +497,13 @@ def _attend_decode_kernel(
                     tl.store(counters + row * KV + head, 0)
 
 
-@triton.jit(do_not_specialize=["table_width", "block_size"])
+@triton.jit(do_not_specialize=["first", "table_width", "block_size"])
 def _rotate_write_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, table_width, block_size,
+    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = first + tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
     d = tl.arange(0, D)
     base = qkv + row * ((H + 2 * KV) * D)
@@ -457,10 +512,10 @@ def _rotate_write_kernel(
         here = (block * block_size + position % block_size) * (KV * D)
         h = tl.arange(0, HP)
         mask = (h < H)[:, None]
-        q = _rotated(base, bias, q_gain, h, position, cos, sin, eps, D, BIAS, NORM, ROTATE, mask)
+        q = _rotated(base, 0, bias, q_gain, h, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, mask)
         j = tl.arange(0, KP)
         owned = (j < KV)[:, None]
-        k = _rotated(base, bias, k_gain, H + j, position, cos, sin, eps, D, BIAS, NORM, ROTATE, owned)
+        k = _rotated(base, 0, bias, k_gain, H + j, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, owned)
         v = tl.load(base + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0).to(tl.float32)
         if BIAS:
             v += tl.load(bias + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0)
@@ -472,15 +527,51 @@ def _rotate_write_kernel(
         tl.store(values + place, v.to(values.dtype.element_ty), mask=owned)
 
 
+@triton.jit
+def _attend_tiles(
+    q, position, keys, values, table, low, stop, largest, weight, total, scale, block_size, head,
+    KV: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of a tile of queries to the positions ``[low, stop)``, added to what it attended to before."""
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    d = tl.arange(0, D)
+    for start in tl.range(low, stop, BLOCK, num_stages=STAGES):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < stop
+        slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
+        where = slot * (KV * D) + head * D
+        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+        if MASKED:
+            seen = (p[None, :] <= position[:, None]) & inside[None, :]
+            if WINDOW > 0:
+                seen = seen & (p[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        # A row may see nothing of a tile yet: −inf − −inf would be no number.
+        peak = tl.maximum(tl.maximum(largest, tl.max(scores, axis=1)), -1e30)
+        factor = tl.exp2(largest - peak)
+        shares = tl.exp2(scores - peak[:, None])
+        weight = weight * factor + tl.sum(shares, axis=1)
+        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            v = v.to(tl.float32)
+        total = total * factor[:, None]
+        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+        largest = peak
+    return largest, weight, total
+
+
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_varlen_kernel(
     qkv, tiles, tables, keys, values, out, scale, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
     seat = tl.load(tiles + tile * 4)
     first = tl.load(tiles + tile * 4 + 1)
     begin = tl.load(tiles + tile * 4 + 2)
@@ -495,43 +586,28 @@ def _attend_varlen_kernel(
     if WIDE:
         q = q.to(tl.float32)
     position = begin + token
-    length = begin + count
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(begin + 1 - WINDOW, 0)
     table = tables + seat * table_width
     largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     weight = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total = tl.zeros((BLOCK_M, D), dtype=tl.float32)
-    for start in tl.range(low, length, BLOCK, num_stages=STAGES):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < length
-        slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
-        where = slot * (KV * D) + head * D
-        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            k = k.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
-        seen = p[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (p[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen & inside[None, :], scores, float("-inf"))
-        # A row may see nothing of a tile yet: −inf − −inf would be no number.
-        peak = tl.maximum(tl.maximum(largest, tl.max(scores, axis=1)), -1e30)
-        factor = tl.exp2(largest - peak)
-        shares = tl.exp2(scores - peak[:, None])
-        weight = weight * factor + tl.sum(shares, axis=1)
-        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            v = v.to(tl.float32)
-        total = total * factor[:, None]
-        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
-        largest = peak
+    if WINDOW > 0:
+        masked = tl.maximum(begin + 1 - WINDOW, 0)
+    else:
+        # Positions that every query of the tile sees need no mask.
+        masked = begin // BLOCK * BLOCK
+        largest, weight, total = _attend_tiles(
+            q, position, keys, values, table, 0, masked, largest, weight, total, scale, block_size, head,
+            KV, D, WINDOW, False, BLOCK, IEEE, WIDE, STAGES,
+        )  # fmt: skip
+    largest, weight, total = _attend_tiles(
+        q, position, keys, values, table, masked, begin + count, largest, weight, total, scale, block_size, head,
+        KV, D, WINDOW, True, BLOCK, IEEE, WIDE, STAGES,
+    )  # fmt: skip
     target = out + place[:, None] * (H * D) + query_head[:, None] * D + d[None, :]
     tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
 
 
-VARLEN_ROWS = 64
+VARLEN_ROWS = 128
 """Query rows of a tile: several positions times the query heads that share a KV head."""
 
 
@@ -582,10 +658,10 @@ def argmax(
     """
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, ARGMAX_BLOCK)
-    _start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
-                                        **_launch(pdl))  # fmt: skip
-    _start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
-                            **_launch(pdl))  # fmt: skip
+    start(_argmax_parts_kernel, (rows, parts))(logits, best, index, vocab, parts, ARGMAX_BLOCK, pdl, num_warps=4,
+                                        **launch_options(pdl))  # fmt: skip
+    start(_argmax_kernel, (rows,))(best, index, seats, tokens, last, parts, triton.next_power_of_2(parts), pdl, num_warps=1,
+                            **launch_options(pdl))  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -598,10 +674,10 @@ def _scatter_kernel(target, where, what, count, BLOCK: tl.constexpr):
 def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     """``target.view(-1)[where] = what``, all int32."""
     count = where.numel()
-    _start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
+    start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
 
 
-def _launch(pdl: bool) -> dict[str, Any]:
+def launch_options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
 
@@ -633,6 +709,7 @@ def attend_decode(
     window: int,
     rotate: bool,
     splits: int,
+    order: Tensor | None = None,
     block: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
@@ -643,7 +720,7 @@ def attend_decode(
     Parameters
     ----------
     qkv : Tensor
-        ``[B, (H + 2 KV) D]`` as projected.
+        ``[B, (H + 2 KV) D]`` as projected, or ``[parts, B, (H + 2 KV) D]`` still to be summed.
     positions, seats : Tensor
         int32 ``[B]``.
     tables : Tensor
@@ -655,20 +732,24 @@ def attend_decode(
     partial, state, counters : Tensor
         Scratch: ``B · KV · splits · GP`` heads (GP: query heads per KV head, at least 16) of D, of 2 (float32), and
         ``B · KV`` int32 that are 0 between calls.
+    order : Tensor, optional
+        int32 ``[B]``: the rows in the order in which to start them.
     """
     kv, d = keys.shape[1], keys.shape[2]
-    h = out.shape[1] // d
+    rows, h = out.shape[0], out.shape[1] // d
+    parts = qkv.shape[0] if qkv.dim() == 3 else 1
     if block is None:  # by measurement (docs/gpu-performance.md)
-        block = 64 if qkv.shape[0] < 16 or keys.dtype == torch.float32 else 128
-    warps = warps or (8 if block == 128 and qkv.shape[0] < 128 else 4)
+        block = 64 if rows < 16 or keys.dtype == torch.float32 else 128
+    warps = warps or (8 if block == 128 and rows < 128 else 4)
     stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
-    _start(_attend_decode_kernel, (qkv.shape[0], kv, splits))(
-        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, out, partial, state, counters,
-        scale, eps, tables.shape[1], block_size,
+    start(_attend_decode_kernel, (kv, rows, splits))(
+        qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
+        scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
         h, kv, d, h // kv, padded_group(h // kv), window,
-        bias is not None, q_gain is not None, rotate, splits, block,
-        keys.dtype == torch.float32, INTERPRETED, stages, pdl,
-        num_warps=warps, **_launch(pdl),
+        bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
+        keys.dtype == torch.float32, INTERPRETED, stages, pdl and not INTERPRETED,
+        triton.cdiv(d * keys.element_size(), 128), pdl,
+        num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 
 
@@ -693,12 +774,14 @@ def rotate_write(
     eps: float,
     block_size: int,
     rotate: bool,
+    first: int = 0,
 ) -> None:
-    """Bias, q/k norm and rotation, queries in place, keys and values into the cache. Arguments as above."""
+    """Bias, q/k norm and rotation, queries in place, keys and values into the cache, of the rows from ``first`` on."""
     kv, d = keys.shape[1], keys.shape[2]
     h = qkv.shape[1] // d - 2 * kv
-    _start(_rotate_write_kernel, (qkv.shape[0],))(
-        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, eps, tables.shape[1], block_size,
+    start(_rotate_write_kernel, (qkv.shape[0] - first,))(
+        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, tables.shape[1],
+        block_size,
         h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
         num_warps=8,
     )  # fmt: skip
@@ -715,8 +798,9 @@ def attend_varlen(
     scale: float,
     block_size: int,
     window: int,
+    rows: int = VARLEN_ROWS,
     block: int = 64,
-    warps: int = 4,
+    warps: int = 8,
     stages: int = 2,
 ) -> None:
     """Attention of many positions, after :func:`rotate_write`.
@@ -725,8 +809,8 @@ def attend_varlen(
     """
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
-    _start(_attend_varlen_kernel, (tiles.shape[0], kv))(
+    start(_attend_varlen_kernel, (kv, tiles.shape[0]))(
         qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
-        h, kv, d, h // kv, tile_tokens(h, kv), window, VARLEN_ROWS, block, keys.dtype == torch.float32, INTERPRETED, stages,
+        h, kv, d, h // kv, rows // (h // kv), window, rows, block, keys.dtype == torch.float32, INTERPRETED, stages,
         num_warps=warps,
     )  # fmt: skip

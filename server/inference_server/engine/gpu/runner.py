@@ -10,6 +10,7 @@ chosen tokens); the only wait is for the latter.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inference_server.engine import sampler
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.gpu import kernels
+from inference_server.engine.gpu import choosing, kernels
+from inference_server.engine.gpu.choosing import Alternatives, DeviceSampler
+from inference_server.engine.gpu.linear import linear
+from inference_server.engine.gpu.tiles import Tile, choose_tile
 from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
+from inference_server.engine.sampler import Sampled
 from inference_server.engine.scheduler import StepPlan
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
 """Batch sizes that have a CUDA graph; a batch in between is padded to the next."""
+SORTED_ROWS = 32
+"""From this many rows on, attention starts with the longest contexts."""
+MIXED_DECODE_ROWS = 32
+"""From this many rows of single positions on, a step with others gives them to the kernel of decoding."""
 SLOTS = 4
 """Host buffers in turn; at most two steps are under way at a time."""
 SPARE_UPDATES = 1 << 16
@@ -55,6 +65,8 @@ class PackedStep:
     """Rows including padding; 0 where the step is not one of single positions."""
     kept: list[int]
     """Rows whose token is chosen."""
+    singles: int
+    """Rows of single positions that come first, where a step has others too."""
     tiles: int
     updates: int
 
@@ -65,22 +77,32 @@ def _aligned(length: int) -> int:
 
 
 class Selection:
-    """The most likely token of each sampled row, on its way from the device.
+    """The tokens chosen for the sampled rows, on their way from the device.
 
     Parameters
     ----------
     host : Tensor
         Where they arrive.
-    kept : list of int or None
-        Rows of ``host`` to take; all where ``None``.
-    begin, end, arrived : torch.cuda.Event or None
-        Around the step's device work, and after the copy. ``None`` without a GPU.
+    events : tuple of torch.cuda.Event or None
+        Before and after the step's device work, and after the copy. ``None`` without a GPU.
+    final : bool
+        They are what the requests asked for, not just the most likely ones.
+    alternatives : Alternatives or None
+        Log-probabilities that were asked for.
     """
 
-    def __init__(self, host: Tensor, kept: list[int] | None, begin: Any, end: Any, arrived: Any) -> None:
+    def __init__(
+        self,
+        host: Tensor,
+        events: tuple[Any, Any, Any],
+        *,
+        final: bool,
+        alternatives: Alternatives | None,
+    ) -> None:
         self._host = host
-        self._kept = kept
-        self._begin, self._end, self._arrived = begin, end, arrived
+        self._begin, self._end, self._arrived = events
+        self.final = final
+        self._alternatives = alternatives
 
     def wait(self) -> None:
         """Wait until the step is done on the device."""
@@ -91,7 +113,11 @@ class Selection:
         """Wait for the tokens and return them."""
         self.wait()
         tokens: list[int] = self._host.tolist()
-        return tokens if self._kept is None else [tokens[row] for row in self._kept]
+        return tokens
+
+    def sampled(self) -> Sampled:
+        """Wait for the tokens and return them with the log-probabilities that were asked for."""
+        return choosing.read(self.tolist(), self._alternatives)
 
     @property
     def device_ns(self) -> int | None:
@@ -124,6 +150,7 @@ class GpuRunner:
         self.plain = plain
         self.tensors: PagedKVTensors = plain.tensors
         self.device = self.tensors.device
+        self._sampler = DeviceSampler(self.device)
         self.use_graphs = True
         """Replay captured graphs (the feature ``cuda_graphs``)."""
         self.greedy: Selection | None = None
@@ -141,7 +168,7 @@ class GpuRunner:
         self._turn = 0
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._host = [self._pinned(3 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
+        self._host = [self._pinned(4 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
         self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
         self._tokens_host = [self._pinned(max(self._rows, rows)) for _ in range(SLOTS)]
         event: Any = torch.cuda.Event
@@ -160,8 +187,21 @@ class GpuRunner:
                 self._decode(bucket)
             rows, kept, tiles = 4, [0], 1
             inputs = torch.zeros(3 * rows + 2 * _aligned(1) + 4 * tiles, dtype=torch.int32, device=self.device)
-            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, tiles, 0), inputs)
+            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, 0, tiles, 0), inputs)
             kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+
+    def compile_ahead(self) -> None:
+        """Compile the kernels of every other batch size in a thread of its own, while steps are served."""
+        if self._cuda:
+            threading.Thread(target=self._compile_rest, name="kernels", daemon=True).start()
+
+    @torch.inference_mode()
+    def _compile_rest(self) -> None:
+        torch.cuda.set_device(self.device)
+        # Sizes that are met first come first: the largest, as requests arrive, then down as they end.
+        for bucket in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
+            with kernels.compiling():
+                self._decode(bucket)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -183,6 +223,7 @@ class GpuRunner:
         seats = [self._seat(item.request, plan, where, what) for item in items]
         kept: list[int] = []
         tiles: list[int] = []
+        singles = 0
         rows = len(items)
         if rows <= self._rows and all(item.count == 1 for item in items):
             bucket = next(each for each in BUCKETS if each >= rows)
@@ -190,26 +231,36 @@ class GpuRunner:
             ids = [-1 if item.start >= len(item.request.tokens) else item.request.tokens[item.start] for item in items]
             positions = [item.start for item in items]
             kept = [row for row, item in enumerate(items) if item.sample]
-            columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad]
+            # Padding after the longest contexts, which are started first.
+            order = sorted(range(bucket), key=lambda row: -positions[row] if row < rows else 1)
+            spare_order = [0] * (pad - (bucket - rows))
+            columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad, order, spare_order]
         else:
             bucket = 0
+            # Rows of single positions first, for the kernel of decoding; the others are cut into tiles.
+            single = [index for index, item in enumerate(items) if item.count == 1]
+            singles = len(single) if len(single) >= MIXED_DECODE_ROWS else 0
+            lone = set(single[:singles])
             ids, positions = [], []
             columns_seats: list[int] = []
-            kept_seats: list[int] = []
+            last = [0] * len(items)
             per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
-            for item, place in zip(items, seats, strict=True):
+            for index in (*single[:singles], *(index for index in range(len(items)) if index not in lone)):
+                item, place = items[index], seats[index]
                 offset, start, count = len(ids), item.start, item.count
                 tokens = item.request.tokens[start : start + count]
                 ids += tokens if len(tokens) == count else [*tokens, -1]
                 positions += range(start, start + count)
                 columns_seats += [place] * count
-                if item.sample:
-                    kept.append(offset + count - 1)
-                    kept_seats.append(place)
-                for begin in range(0, count, per_tile):
-                    tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
+                last[index] = offset + count - 1
+                if index not in lone:
+                    for begin in range(0, count, per_tile):
+                        tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
+            kept = [last[index] for index, item in enumerate(items) if item.sample]
+            kept_seats = [seats[index] for index, item in enumerate(items) if item.sample]
+            order = sorted(range(singles), key=lambda row: -positions[row])
             rows = len(ids)
-            columns = [ids, positions, columns_seats, kept, kept_seats, tiles]
+            columns = [ids, positions, columns_seats, kept, kept_seats, tiles, order]
             columns = [column + [0] * (_aligned(len(column)) - len(column)) for column in columns]
         spare = [0] * (_aligned(len(where)) - len(where))
         columns += (where + spare, what + spare)
@@ -224,7 +275,7 @@ class GpuRunner:
             if column:
                 packed[at : at + len(column)] = column
                 at += len(column)
-        return PackedStep(slot, length, rows, bucket, kept, len(tiles) // 4, len(where))
+        return PackedStep(slot, length, rows, bucket, kept, singles, len(tiles) // 4, len(where))
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, packed: Any) -> Tensor:
@@ -246,33 +297,42 @@ class GpuRunner:
             where, what = inputs[packed.length - 2 * _aligned(packed.updates) :].chunk(2)
             kernels.scatter(self._tables, where[: packed.updates], what[: packed.updates])
         if packed.bucket and not fixed:
-            used = 3 * _aligned(packed.bucket)
+            used = 4 * _aligned(packed.bucket)
             self._inputs[:used].copy_(inputs[:used])
         if begin is not None:
             begin.record()
+        requests = [item.request for item in plan.items if item.sample]
         if packed.bucket:
             logits, tokens, capture = self._decode_step(packed.bucket)
-            everything = packed.kept == list(range(packed.rows))
-            kept = None if everything else packed.kept
-            count = packed.rows
-            if not everything:
-                logits = logits[torch.tensor(packed.kept, dtype=torch.long, device=self.device)]
+            seats = self._inputs[2 * _aligned(packed.bucket) :][: packed.rows]
+            count = len(packed.kept)
+            if count < packed.rows:  # chunks of one position in the middle of a prompt
+                chosen = torch.tensor(packed.kept, pin_memory=self._cuda).to(self.device, non_blocking=True)
+                logits, tokens, seats = logits[chosen], tokens[chosen], seats[chosen]
             else:
-                logits = logits[:count]
+                logits, tokens = logits[:count], tokens[:count]
         else:
             logits, tokens = self._mixed_step(packed, inputs)
-            kept, count, capture = None, len(packed.kept), False
+            count, capture = len(packed.kept), False
+            offset = 3 * _aligned(packed.rows) + _aligned(count)
+            seats = inputs[offset : offset + count]
             self.label = self._name
+        # A step whose requests all can be is done with here: the next one may start before the host knows its tokens.
+        final = not any(map(sampler.depends_on_its_output, requests))
+        alternatives = None
+        if final and requests:
+            self._sampler.choose(logits, requests, tokens, seats, self._last)
+            alternatives = self._sampler.alternatives(logits, requests, tokens)
         if end is not None:
             end.record()
         host = self._tokens_host[packed.slot]
         if count > len(host):
             host = self._tokens_host[packed.slot] = self._pinned(2 * count)
         host = host[:count]
-        host.copy_(tokens[:count], non_blocking=True)
+        host.copy_(tokens, non_blocking=True)
         if arrived is not None:
             arrived.record()
-        self.greedy = Selection(host, kept, begin, end, arrived)
+        self.greedy = Selection(host, (begin, end, arrived), final=final, alternatives=alternatives)
         if capture:
             try:
                 self._graphs[packed.bucket] = self._capture(packed.bucket)
@@ -313,7 +373,8 @@ class GpuRunner:
         """One position for each of ``rows`` rows of the fixed buffers."""
         a, pdl = self.architecture, self._pdl
         stride = _aligned(rows)
-        ids, positions, seats = (self._inputs[part * stride :][:rows] for part in range(3))
+        ids, positions, seats, by_length = (self._inputs[part * stride :][:rows] for part in range(4))
+        order = by_length if rows >= SORTED_ROWS else None
         residual, normed, qkv = self._residual[:rows], self._normed[:rows], self._qkv[:rows]
         attended, delta = self._attended[:rows], self._delta[:rows]
         both, active = self._both[:rows], self._active[:rows]
@@ -321,59 +382,102 @@ class GpuRunner:
         kernels.embed(ids, seats, self._last, a.embedding, residual, pdl=pdl)
         pending: Tensor | None = None
         for index, layer in enumerate(a.layers):
+            projected = qkv
             if rows == 1:
                 kernels.gemv(residual[0], layer.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
             else:
                 kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
-                torch.mm(normed, layer.qkv.t(), out=qkv)
-            kernels.attend_decode(
-                qkv,
-                *self._vectors(layer),
-                positions,
-                seats,
-                self._tables,
-                self.tensors.keys[index],
-                self.tensors.values[index],
-                attended,
-                self._partial,
-                self._state,
-                self._counters,
-                scale=a.scaling,
-                eps=a.eps,
-                block_size=self._block_size,
-                window=layer.window,
-                rotate=layer.rotate,
-                splits=splits,
-                pdl=pdl,
-            )
+                projected = self._product(normed, layer.qkv, qkv, self._qkv_parts)
+            self._attend(index, projected, positions, seats, attended, order, splits=splits, pdl=pdl)
             if rows == 1:
                 kernels.gemv(attended[0], layer.output, residual=residual[0], pdl=pdl)
                 kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
                 kernels.gemv(active[0], layer.down, residual=residual[0], pdl=pdl)
             else:
-                torch.mm(attended, layer.output.t(), out=delta)
-                kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed, pdl=pdl)
-                torch.mm(normed, layer.gate_up.t(), out=both)
-                kernels.silu_mul(both, active, pdl=pdl)
-                torch.mm(active, layer.down.t(), out=delta)
-                pending = delta
+                added = self._product(attended, layer.output, delta, self._delta_parts)
+                kernels.add_norm(residual, added, layer.post_norm, a.eps, normed, pdl=pdl)
+                tile = self._tile(layer.gate_up, rows, gated=True)
+                if tile is not None:
+                    linear(normed, layer.gate_up, active, tile, gated=True, pdl=pdl)
+                else:
+                    kernels.multiply(normed, layer.gate_up, both)
+                    kernels.silu_mul(both, active, pdl=pdl)
+                pending = self._product(active, layer.down, delta, self._delta_parts)
         logits = self._logits(rows)
         if rows == 1:
             kernels.gemv(residual[0], a.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
         else:
             kernels.add_norm(residual, pending, a.final_norm, a.eps, normed, pdl=pdl)
-            torch.mm(normed, a.head.t(), out=logits)
+            tile = self._tile(a.head, rows)
+            if tile is not None and tile.splits == 1:
+                linear(normed, a.head, logits, tile, pdl=pdl)
+            else:
+                kernels.multiply(normed, a.head, logits)
         kernels.argmax(logits, seats, self._best, self._index, self._tokens, self._last, pdl=pdl)
+
+    def _attend(
+        self,
+        index: int,
+        qkv: Tensor,
+        positions: Tensor,
+        seats: Tensor,
+        out: Tensor,
+        order: Tensor | None,
+        *,
+        splits: int,
+        pdl: bool = False,
+    ) -> None:
+        """Attention of single positions in layer ``index``."""
+        a, layer = self.architecture, self.architecture.layers[index]
+        kernels.attend_decode(
+            qkv,
+            *self._vectors(layer),
+            positions,
+            seats,
+            self._tables,
+            self.tensors.keys[index],
+            self.tensors.values[index],
+            out,
+            self._partial,
+            self._state,
+            self._counters,
+            scale=a.scaling,
+            eps=a.eps,
+            block_size=self._block_size,
+            window=layer.window,
+            rotate=layer.rotate,
+            splits=splits,
+            order=order,
+            pdl=pdl,
+        )
+
+    def _product(self, x: Tensor, weight: Tensor, whole: Tensor, parts: Tensor) -> Tensor:
+        """``x @ weight.T`` in ``whole``, or in several parts to be summed, ``[parts, rows, columns]``."""
+        rows, columns = len(x), len(weight)
+        tile = self._tile(weight, rows)
+        if tile is None:
+            kernels.multiply(x, weight, whole)
+            return whole
+        out = parts[: tile.splits * rows * columns].view(tile.splits, rows, columns)
+        linear(x, weight, out, tile, pdl=self._pdl)
+        return out
+
+    def _tile(self, weight: Tensor, rows: int, *, gated: bool = False) -> Tile | None:
+        """How the own kernel computes a product of few rows; ``None`` where cuBLAS does."""
+        if weight.dtype != torch.bfloat16 and not kernels.INTERPRETED:
+            return None
+        return choose_tile(weight.shape[0] // (2 if gated else 1), weight.shape[1], rows, gated=gated)
 
     def _mixed_step(self, packed: PackedStep, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Any step: some requests compute many positions."""
         a, rows, count = self.architecture, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
         columns, at = [], 0
-        for length in (rows, rows, rows, count, count, 4 * packed.tiles):
+        singles = packed.singles
+        for length in (rows, rows, rows, count, count, 4 * packed.tiles, singles):
             columns.append(inputs[at : at + length])
             at += _aligned(length)
-        ids, positions, seats, kept, kept_seats, tiles = columns
+        ids, positions, seats, kept, kept_seats, tiles, order = columns
         tiles = tiles.view(-1, 4)
         residual = torch.empty(rows, a.hidden, device=device)
         normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
@@ -387,35 +491,39 @@ class GpuRunner:
         for index, layer in enumerate(a.layers):
             keys, values = self.tensors.keys[index], self.tensors.values[index]
             kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed)
-            torch.mm(normed, layer.qkv.t(), out=qkv)
-            kernels.rotate_write(
-                qkv,
-                *self._vectors(layer),
-                positions,
-                seats,
-                self._tables,
-                keys,
-                values,
-                eps=a.eps,
-                block_size=self._block_size,
-                rotate=layer.rotate,
-            )
-            kernels.attend_varlen(
-                qkv,
-                tiles,
-                self._tables,
-                keys,
-                values,
-                attended,
-                scale=a.scaling,
-                block_size=self._block_size,
-                window=layer.window,
-            )
-            torch.mm(attended, layer.output.t(), out=delta)
+            kernels.multiply(normed, layer.qkv, qkv)
+            if singles:
+                self._attend(index, qkv[:singles], positions, seats, attended[:singles], order, splits=1)
+            if packed.tiles:
+                kernels.rotate_write(
+                    qkv,
+                    *self._vectors(layer),
+                    positions,
+                    seats,
+                    self._tables,
+                    keys,
+                    values,
+                    eps=a.eps,
+                    block_size=self._block_size,
+                    rotate=layer.rotate,
+                    first=singles,
+                )
+                kernels.attend_varlen(
+                    qkv,
+                    tiles,
+                    self._tables,
+                    keys,
+                    values,
+                    attended,
+                    scale=a.scaling,
+                    block_size=self._block_size,
+                    window=layer.window,
+                )
+            kernels.multiply(attended, layer.output, delta)
             kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
-            torch.mm(normed, layer.gate_up.t(), out=both)
+            kernels.multiply(normed, layer.gate_up, both)
             kernels.silu_mul(both, active)
-            torch.mm(active, layer.down.t(), out=delta)
+            kernels.multiply(active, layer.down, delta)
             pending = delta
         if not count:
             return torch.empty(0, a.vocab, device=device), self._tokens[:0]
@@ -472,7 +580,7 @@ class GpuRunner:
 
     def _reserve(self) -> None:
         a, rows, device, dtype = self.architecture, self._rows, self.device, self.architecture.dtype
-        self._inputs = torch.zeros(3 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(4 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
         self._last = torch.zeros(self._num_seats, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
         self._residual = torch.empty(rows, a.hidden, device=device)
@@ -482,6 +590,9 @@ class GpuRunner:
         self._delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
         self._both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
         self._active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
+        layer = a.layers[0]
+        self._qkv_parts = self._space(layer.qkv)
+        self._delta_parts = self._space(layer.output, layer.down)
         self._logits_one = torch.empty(1, a.vocab, device=device)
         self._logits_many = torch.empty(rows, a.vocab, device=device, dtype=dtype)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
@@ -494,6 +605,12 @@ class GpuRunner:
         self._partial = torch.empty(most * group * a.head_dim, device=device)
         self._state = torch.empty(most * group * 2, device=device)
         self._counters = torch.zeros(rows * a.kv_heads, dtype=torch.int32, device=device)
+
+    def _space(self, *weights: Tensor) -> Tensor:
+        """Room for the parts of products with these weights, where the own kernel computes them."""
+        cases = [(w, b, self._tile(w, b)) for w in weights for b in BUCKETS if 1 < b <= self._rows]
+        size = max((tile.splits * b * len(w) for w, b, tile in cases if tile is not None), default=0)
+        return torch.empty(size, device=self.device)
 
     def _logits(self, bucket: int) -> Tensor:
         return self._logits_one if bucket == 1 else self._logits_many[:bucket]
