@@ -255,7 +255,7 @@ export class Workbench {
   }
 
   /**
-   * Paint one plot, the one that waited longest: three canvases in one frame would hold up the tokens. The others follow
+   * Paint one plot, the one that waited longest: four canvases in one frame would hold up the tokens. The others follow
    * outside the loop, whose pace is for what has just arrived.
    */
   private paintPlot(): void {
