@@ -3,14 +3,13 @@
     python benchmarks/replay.py [--tokens 100000] [--recording FILE.iwrec]
 
 Without a recording one of so many tokens is made (``tests/synthetic_recording.py``): 16 requests at once. Opening is
-from the navigation to the first picture; scrubbing drags the track by mouse over the whole recording and counts the
-frames in which the view showed another moment.
+from the navigation to the first picture; scrubbing moves the track over the whole recording and counts the frames
+in which the view showed another moment.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
 import sys
@@ -35,20 +34,30 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SCRUB_S = 5.0
 
-# Frames whose picture differs from the one before, and how long each took to come.
-COUNT_FRAMES = """() => {
+# Moves the track once a frame, over all of the recording and back, and resolves to when each frame came that showed
+# another moment than the one before. In the page, because a browser that is driven from outside waits between moves.
+SCRUB = """seconds => new Promise(done => {
   const source = window.inferenceWorkbench.replay().source;
-  window.frames_ = [];
+  const track = document.querySelector('.iw-track');
+  const frames = [];
+  const began = performance.now();
   let shown = source.nowNs;
-  const look = at => {
+  const move = at => {
     if (source.nowNs !== shown) {
       shown = source.nowNs;
-      window.frames_.push(at);
+      frames.push(at);
     }
-    requestAnimationFrame(look);
+    const passed = (performance.now() - began) / 1000;
+    if (passed > seconds) {
+      done(frames);
+      return;
+    }
+    track.value = String(Number(track.max) * (0.5 - 0.5 * Math.cos(2 * passed)));
+    track.dispatchEvent(new Event('input'));
+    requestAnimationFrame(move);
   };
-  requestAnimationFrame(look);
-}"""
+  requestAnimationFrame(move);
+})"""
 
 
 def measure(browser: Browser, page_path: Path) -> dict[str, float]:
@@ -58,17 +67,7 @@ def measure(browser: Browser, page_path: Path) -> dict[str, float]:
     page.locator(".iw-plot-attribution canvas").first.wait_for(timeout=60_000)
     opened = time.perf_counter() - began
     page.wait_for_timeout(1500)
-    box = page.locator(".iw-track").bounding_box()
-    assert box
-    left, width, y = box["x"] + 4, box["width"] - 8, box["y"] + box["height"] / 2
-    page.mouse.move(left, y)
-    page.mouse.down()
-    page.evaluate(COUNT_FRAMES)
-    begin = time.perf_counter()
-    while (at := time.perf_counter() - begin) < SCRUB_S:
-        page.mouse.move(left + width * (0.5 - 0.5 * math.cos(2 * at)), y)
-    page.mouse.up()
-    frames = page.evaluate("window.frames_")
+    frames = page.evaluate(SCRUB, SCRUB_S)
     page.context.close()
     gaps = [after - before for before, after in pairwise(frames)]
     return {

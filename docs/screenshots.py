@@ -21,6 +21,14 @@ from conftest import FLAGS, NAMES
 IMAGES = ROOT / "docs" / "images"
 
 
+# Request and place of the slowest token, first tokens aside.
+SLOWEST_SHOWN = """() => {
+  const tokens = [...window.inferenceWorkbench.store().requests.values()].flatMap(each => each.tokens);
+  const slowest = tokens.filter(each => each.index > 0).sort((a, b) => b.latencyNs - a.latencyNs)[0];
+  return [slowest.request, slowest.index];
+}"""
+
+
 def new_page(browser: Browser, height: int = 1080) -> Page:
     return browser.new_context(viewport={"width": 1720, "height": height}).new_page()
 
@@ -49,17 +57,52 @@ def teaching(browser: Browser, lab: JupyterLab) -> None:
 def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
     page = new_page(browser, 1500)
     workbench = open_panel(page, lab)
-    if theme == "dark":
-        page.get_by_role("menuitem", name="Settings").click()
-        page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Dark$")).click()
-        page.wait_for_timeout(1500)
+    use_theme(page, theme)
     switched_in_the_middle(page, workbench)
     finished(workbench)
     generate(workbench, "story", tokens=60, parallel=8)
     finished(workbench)
     page.wait_for_timeout(800)
     page.screenshot(path=IMAGES / f"panel-{theme}.png")
+    page.context.close()
+
+
+def use_theme(page: Page, theme: str) -> None:
+    if theme == "dark":
+        page.get_by_role("menuitem", name="Settings").click()
+        page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Dark$")).click()
+        page.wait_for_timeout(1500)
+
+
+def recording(browser: Browser, lab: JupyterLab, theme: str) -> None:
+    """A recording of a busy moment, opened and scrubbed to its middle, with one slow token taken apart."""
+    page = new_page(browser, 1500)
+    workbench = open_panel(page, lab)
+    use_theme(page, theme)
+    workbench.locator("[data-action=record]").click()
+    generate(workbench, "long", tokens=90)
+    wait_tokens(page, 20)
+    generate(workbench, "story", tokens=50, parallel=3)
+    switch = workbench.locator("[data-feature=kv_cache] .iw-toggle")
+    wait_tokens(page, 12)
+    switch.click()
+    wait_tokens(page, 16)
+    switch.click()
+    finished(workbench)
+    workbench.locator("[data-action=record]").click()
+    workbench.locator("[data-action=open-recording]").click(timeout=60_000)
+    document = page.locator(".jp-Document .iw-panel")
+    track = document.locator(".iw-track")
+    track.wait_for(timeout=60_000)
+    page.wait_for_timeout(1500)
+    box = track.bounding_box()
+    assert box
+    page.mouse.click(box["x"] + 0.72 * box["width"], box["y"] + box["height"] / 2)
+    slowest = page.evaluate(SLOWEST_SHOWN)
+    document.locator(f'[data-request="{slowest[0]}"] .iw-row-text .iw-token').nth(slowest[1]).click()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=IMAGES / f"recording-{theme}.png")
     page.context.close()
 
 
@@ -72,6 +115,7 @@ def main() -> None:
         teaching(chromium, lab)
         for theme in ("light", "dark"):
             panel(chromium, lab, theme)
+            recording(chromium, lab, theme)
         chromium.close()
     shutil.rmtree(folder, ignore_errors=True)
     print(*sorted(IMAGES.glob("*.png")), sep="\n")

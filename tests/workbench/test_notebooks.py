@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_top_to_bottom(path: Path, default_model, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "r"))
+    monkeypatch.setenv("INFERENCE_WORKBENCH_RECORDING_FOLDER", str(tmp_path / "recordings"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([python_path(), os.environ.get("PYTHONPATH", "")]))
     for name in ("INFERENCE_WORKBENCH_URL", "INFERENCE_WORKBENCH_TOKEN"):
         monkeypatch.delenv(name, raising=False)

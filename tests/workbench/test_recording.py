@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import zipfile
 from itertools import pairwise
 
@@ -312,8 +313,6 @@ def test_a_difference_is_named_by_request_position_and_tokens(wb, workload):
 
 
 def test_a_replay_that_is_cancelled_returns_what_there_is(wb, tmp_path):
-    import threading
-
     with wb.record(tmp_path / "slow.iwrec") as recorded:
         for prompt in ("One", "Two", "Three"):
             wb.generate(prompt, max_tokens=6, ignore_eos=True, stream=False)
@@ -330,3 +329,30 @@ def test_a_recording_without_prompts_cannot_be_sent_again_and_says_so(wb, worklo
     with pytest.raises(WorkbenchError, match="none of them has its prompt"):
         iw.replay(workload, wb)
     assert msgspec.json.decode(workload.requests["sampling"].iloc[0])["max_tokens"]
+
+
+def test_what_was_in_force_before_is_no_switch_and_a_request_from_before_is_drawn_from_its_arrival(wb, tmp_path):
+    wb.features.max_num_seqs = 7
+    began = threading.Event()
+
+    def early():
+        wb.generate("Early", max_tokens=60, ignore_eos=True, stream=False, on_token=lambda *_: began.set())
+
+    thread = threading.Thread(target=early)
+    thread.start()
+    assert began.wait(10)
+    with wb.record(tmp_path / "late.iwrec") as recorded:
+        wb.generate("Late", max_tokens=4, ignore_eos=True, stream=False)
+        thread.join()
+    with recorded.open() as recording:
+        assert recording.summary().switches == 0
+        assert recording.requests["arrival_ns"].min() < recording.manifest.started_ns
+        events = json.loads(recording.to_chrome_trace(tmp_path / "late.json").read_text())["traceEvents"]
+        assert min(event["ts"] for event in events) == 0
+        early_tokens = recording.tokens[recording.tokens["request"] == recording.requests["request"].min()]
+        assert early_tokens["index"].min() > 0, "only what was made meanwhile"
+        again = wb.replay(recording, speed=20)
+    assert sorted(again.requests["verdict"]) == ["identical", "shorter"], (
+        again.requests.T.to_string(),
+        [(run.complete, run.id, run.request, len(run.tokens), len(run.steps)) for run in again.runs.values()],
+    )

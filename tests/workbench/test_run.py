@@ -20,6 +20,7 @@ from inference_server.protocol import (
     Subscribe,
     TokensEvent,
 )
+from inference_workbench.store import EventStore
 
 
 @pytest.fixture
@@ -207,3 +208,27 @@ def test_with_less_instrumentation_a_run_has_its_text_at_once_and_no_tokens(wb, 
     assert run.request.output_tokens == 10
     assert len(run.tokens) == 0
     assert len(wb.generate("hello", max_tokens=10, ignore_eos=True, stream=False).tokens) == 10
+
+
+def test_tokens_that_are_told_again_or_out_of_order_are_each_kept_once():
+    store = EventStore()
+
+    def told(step, requests, indices):
+        count = len(requests)
+        return Frame(
+            seq=1,
+            now_ns=0,
+            dropped=0,
+            events=[
+                TokensEvent(
+                    step=step, request=requests, index=indices, token_id=[7] * count, text=["a"] * count,
+                    logprob=[None] * count, sent_ns=[step] * count, latency_ns=[1] * count,
+                )
+            ],
+        )  # fmt: skip
+
+    store.ingest_frame(told(2, [1], [1]))
+    store.ingest_frame(told(1, [1, 2], [0, 0]))  # a slow connection had held up their step
+    store.ingest_frame(told(2, [1, 2], [1, 1]))  # half of it is known
+    found = store.tokens()
+    assert sorted(zip(found["request"], found["index"], strict=True)) == [(1, 0), (1, 1), (2, 0), (2, 1)]

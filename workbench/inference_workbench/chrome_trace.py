@@ -2,7 +2,7 @@
 
 One track for the engine's steps with their phases, one per request with queue, prefill, decode and each token, counters
 for the batch, the KV cache and the output rate, and marks where switches were thrown. Times are microseconds since the
-recording began.
+recording began, or since the oldest request in it came.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def write_trace(recording: Recording, path: Path) -> Path:
 
 def trace_events(recording: Recording) -> Iterator[Event]:
     """Yield the events of the trace."""
-    clock = _Clock(recording.manifest.started_ns)
+    # A request that came before the recording began is drawn from its arrival on.
+    arrivals = recording.tables["requests"]["arrival_ns"]
+    clock = _Clock(min([recording.manifest.started_ns, *arrivals.tolist()]))
     yield _name(ENGINE, None, "engine")
     yield _name(ENGINE, _STEPS_TRACK, "steps")
     yield _name(ENGINE, _SWITCHES_TRACK, "switches")
@@ -66,7 +68,7 @@ class _Clock:
         self._begin = begin_ns
 
     def __call__(self, at_ns: float) -> float:
-        """Microseconds since the recording began."""
+        """Microseconds since the beginning."""
         return (int(at_ns) - self._begin) / 1e3
 
 
@@ -128,7 +130,7 @@ def _steps(recording: Recording, clock: _Clock) -> Iterator[Event]:
 def _switches(recording: Recording, clock: _Clock) -> Iterator[Event]:
     told = set()
     for row in each_row(recording.tables["features"]):
-        if len(row.changed) == 0 or row.epoch in told:
+        if len(row.changed) == 0 or row.epoch in told or row.applied_ns <= recording.manifest.started_ns:
             continue
         told.add(row.epoch)
         values = msgspec.json.decode(row.values)

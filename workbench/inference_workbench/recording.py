@@ -42,6 +42,7 @@ class RecordingSummary:
     itl_p50_ms: float | None
     itl_p95_ms: float | None
     switches: int
+    """Thrown meanwhile; what was in force when the recording began does not count."""
     parts: dict[str, float]
     """Share of all latency that went into each part; the parts add up to 1."""
     lost_events: int
@@ -134,7 +135,8 @@ class Recording:
         first = tokens["index"].to_numpy() == 0
         sent = tokens["sent_ns"].to_numpy()
         span = (sent.max() - sent.min()) / 1e9 if len(sent) > 1 else 0.0
-        thrown = self.sql("select count(distinct epoch) as n from features where len(changed) > 0")
+        features = self.tables["features"]
+        thrown = features[(features["applied_ns"] > manifest.started_ns) & (features["changed"].map(len) > 0)]
         known = tokens[_PART_COLUMNS].dropna()
         sums = known.sum()
         total = float(sums.sum())
@@ -149,7 +151,7 @@ class Recording:
             ttft_p95_ms=_percentile(latency[first], 95),
             itl_p50_ms=_percentile(latency[~first], 50),
             itl_p95_ms=_percentile(latency[~first], 95),
-            switches=int(thrown["n"].iloc[0]),
+            switches=thrown["epoch"].nunique(),
             parts={} if total == 0 else {part: float(sums[f"{part}_ns"]) / total for part in PARTS},
             lost_events=manifest.lost_events,
         )

@@ -140,7 +140,7 @@ class EventStore:
         self.notices: list[NoticeEvent] = []
         """What the engine had to say to a person, oldest first."""
         self._newest_begin_ns = -1
-        self._last_index: dict[int, int] = {}
+        self._known_tokens: dict[int, set[int]] = {}
         self._tokens_seen: dict[int, int] = {}
         self._last_sent_step: dict[int, int] = {}
         self._steps_seen: dict[int, int] = {}
@@ -242,23 +242,33 @@ class EventStore:
             self._steps_seen[request] = event.step
 
     def _add_tokens(self, event: TokensEvent) -> None:
-        count = len(event.request)
-        if count == 0 or event.index[0] <= self._last_index.get(event.request[0], -1):  # known from before a reconnect
+        # A token may be known from before a reconnect, while others of its step are not.
+        places = [
+            place
+            for place, (request, index) in enumerate(zip(event.request, event.index, strict=True))
+            if index not in self._known_tokens.get(request, ())
+        ]
+        if not places:
             return
+
+        def of(values: Sequence[Any]) -> Sequence[Any]:
+            return values if len(places) == len(event.request) else [values[place] for place in places]
+
+        requests, indices = of(event.request), of(event.index)
         self._tokens.extend(
-            count,
-            request=event.request,
-            index=event.index,
-            token_id=event.token_id,
-            text=event.text,
-            logprob=[_number(value) for value in event.logprob],
-            sent_ns=event.sent_ns,
-            latency_ns=event.latency_ns,
+            len(places),
+            request=requests,
+            index=indices,
+            token_id=of(event.token_id),
+            text=of(event.text),
+            logprob=[_number(value) for value in of(event.logprob)],
+            sent_ns=of(event.sent_ns),
+            latency_ns=of(event.latency_ns),
             step=event.step,
-            **{f"{part}_ns": event.parts[place] if event.parts else np.nan for place, part in enumerate(PARTS)},
+            **{f"{part}_ns": of(event.parts[at]) if event.parts else np.nan for at, part in enumerate(PARTS)},
         )
-        for request, index in zip(event.request, event.index, strict=True):
-            self._last_index[request] = index
+        for request, index in zip(requests, indices, strict=True):
+            self._known_tokens.setdefault(request, set()).add(index)
             self._tokens_seen[request] = self._tokens_seen.get(request, 0) + 1
             self._last_sent_step[request] = event.step
 
@@ -268,7 +278,7 @@ class EventStore:
             return
         event = self._requests.pop(oldest)
         self._handles.pop(event.id, None)
-        for known in (self._last_index, self._tokens_seen, self._last_sent_step, self._steps_seen):
+        for known in (self._known_tokens, self._tokens_seen, self._last_sent_step, self._steps_seen):
             known.pop(oldest, None)
 
     # -- out ---------------------------------------------------------------------------------------------------------

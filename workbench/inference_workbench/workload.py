@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,11 +28,12 @@ from inference_workbench.tables import rows as each_row
 if TYPE_CHECKING:
     from inference_workbench.client import Workbench
 
-Verdict = Literal["identical", "different", "random", "shorter", "failed", "not sent"]
-"""``random``: sampled from a seed that was not recorded. ``shorter``: identical as far as the recording has it."""
+Verdict = Literal["identical", "different", "random", "shorter", "incomplete", "failed", "not sent"]
+"""``random``: sampled from a seed that was not recorded. ``shorter``: identical as far as the recording has it.
+``incomplete``: not all of its tokens' records reached this client."""
 
 _MAX_PARALLEL = 512
-_LABEL = 40
+_PATIENCE_S = 10.0
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -205,7 +206,7 @@ class _Sender:
                 self._cancel.set()
                 self._end(futures)
         line.done(f"Replayed {ended} of {total} requests")
-        done = [future.result() for future in futures]
+        done = [self._completed(future.result()) for future in futures]
         return done + [Outcome(None, None, "cancelled before it was due")] * (total - len(done))
 
     def _send(self, number: int, planned: Planned, begin: float) -> Outcome:
@@ -217,6 +218,13 @@ class _Sender:
         except WorkbenchError as error:
             return Outcome(sent, None, str(error))
         return Outcome(sent, run, None)
+
+    def _completed(self, outcome: Outcome) -> Outcome:
+        """Look again where telemetry lagged behind the answers, as it may under load."""
+        run = outcome.run
+        if run is None or run.complete:
+            return outcome
+        return replace(outcome, run=Run.collect(self._client.store, run.id, run.text, _PATIENCE_S))
 
     def _end(self, futures: list[Future[Outcome]]) -> None:
         for number, future in enumerate(futures):
@@ -275,8 +283,8 @@ class WorkloadRun:
 
     @property
     def differences(self) -> pd.DataFrame:
-        """The requests that were sent and came out differently, or failed."""
-        return self.requests[self.requests["verdict"].isin(["different", "failed"])]
+        """The requests that were sent and came out differently, or failed, or whose tokens are not all known."""
+        return self.requests[self.requests["verdict"].isin(["different", "incomplete", "failed"])]
 
     def summary(self) -> pd.Series[Any]:
         """Return the figures: verdicts, how late requests were sent, and latencies beside the recorded ones."""
@@ -289,7 +297,7 @@ class WorkloadRun:
         for name, q in itertools.product(("ttft_ms", "e2e_ms"), (50, 95)):
             figures[f"{name}_p{q}"] = _percentile(rows[name].dropna(), q)
             figures[f"recorded_{name}_p{q}"] = _percentile(rows[f"recorded_{name}"].dropna(), q)
-        return pd.Series(figures)
+        return pd.Series(figures, dtype=object)
 
     def __repr__(self) -> str:
         verdicts = self.requests["verdict"].value_counts()
@@ -359,6 +367,8 @@ def _compare(planned: Planned, outcome: Outcome, made: dict[int, int]) -> tuple[
         return "failed", None
     if not planned.reproducible:
         return "random", None
+    if not outcome.run.complete:
+        return "incomplete", None
     # What lies outside the recording cannot be compared; what lies in it has to be there.
     compared = set(planned.tokens) | set(made) if planned.whole else set(planned.tokens)
     first = min((index for index in compared if planned.tokens.get(index) != made.get(index)), default=None)

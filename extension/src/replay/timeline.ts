@@ -253,8 +253,9 @@ export class Timeline {
       telemetryCost: cost,
       epochs: [...epochs.values()],
       requests: this.requestsAt(atNs, tokens),
-      steps: range(steps, DEFAULT_LIMITS.steps, row => this.stepRecord(row)),
-      tokens: range(tokens, DEFAULT_LIMITS.tokens, row => this.tokenRecord(row)),
+      steps: newestOf(this.stepRecords, steps, DEFAULT_LIMITS.steps, row => this.stepRecord(row)),
+      tokens: newestOf(this.tokenRecords, tokens, DEFAULT_LIMITS.tokens, row => this.tokenRecord(row)),
+      newestSentNs: tokens > 0 ? this.tokenMoments[tokens - 1] : null,
       feed: this.feed.slice(Math.max(0, told.feed - DEFAULT_LIMITS.feed), told.feed)
     };
   }
@@ -483,12 +484,14 @@ function rising(values: Float64Array): Float64Array {
   return result;
 }
 
-function range<T>(end: number, most: number, make: (row: number) => T): T[] {
-  const result: T[] = [];
-  for (let row = Math.max(0, end - most); row < end; row++) {
-    result.push(make(row));
+/** A new array of the last `most` records before row `end`; those that are not there yet are made. */
+function newestOf<T>(records: (T | undefined)[], end: number, most: number, make: (row: number) => T): T[] {
+  const from = Math.max(0, end - most);
+  const result = records.slice(from, end);
+  for (let at = 0; at < result.length; at++) {
+    result[at] ??= make(from + at);
   }
-  return result;
+  return result as T[];
 }
 
 export function orNull(value: number): number | null {

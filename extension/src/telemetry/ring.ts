@@ -1,6 +1,6 @@
 /** A list of bounded length that forgets its oldest entries: constant-time append, oldest-first reading. */
 export class Ring<T> {
-  private readonly slots: (T | undefined)[];
+  private slots: (T | undefined)[];
   private begin = 0;
   private count = 0;
 
@@ -44,17 +44,15 @@ export class Ring<T> {
     return result;
   }
 
-  /** Forget everything and take in the newest of `values`, oldest first. */
-  replace(values: readonly T[]): void {
-    this.clear();
-    this.count = Math.min(values.length, this.capacity);
-    for (let index = 0; index < this.count; index++) {
-      this.slots[index] = values[values.length - this.count + index];
-    }
+  /** Forget everything and hold `values`, oldest first: the array itself, which nobody else may use any more. */
+  adopt(values: T[]): void {
+    this.slots = values.length > this.capacity ? values.slice(-this.capacity) : values;
+    this.begin = 0;
+    this.count = this.slots.length;
   }
 
   clear(): void {
-    this.slots.fill(undefined);
+    this.slots = new Array<T | undefined>(this.capacity);
     this.begin = 0;
     this.count = 0;
   }

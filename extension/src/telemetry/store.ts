@@ -110,10 +110,14 @@ export interface StoreState {
   telemetryCost: TelemetryCostEvent | null;
   epochs: readonly FeaturesEvent[];
   requests: readonly RequestRecord[];
-  /** Oldest first, as the tokens and the feed: the newest within the store's limits are kept. */
-  steps: readonly StepRecord[];
-  tokens: readonly TokenRecord[];
-  feed: readonly FeedEntry[];
+  /**
+   * Oldest first, as the tokens and the feed: the newest within the store's limits are kept. The store keeps these
+   * arrays as its own.
+   */
+  steps: StepRecord[];
+  tokens: TokenRecord[];
+  feed: FeedEntry[];
+  newestSentNs: number | null;
 }
 
 export interface StoreLimits {
@@ -266,9 +270,9 @@ export class TelemetryStore {
     state.epochs.forEach(event => this.epochs.set(event.epoch, event));
     this.requests.clear();
     state.requests.forEach(record => this.requests.set(record.handle, record));
-    this.steps.replace(state.steps);
-    this.tokens.replace(state.tokens);
-    this.feed.replace(state.feed);
+    this.steps.adopt(state.steps);
+    this.tokens.adopt(state.tokens);
+    this.feed.adopt(state.feed);
     this.stepByNumber.clear();
     for (let index = 0; index < this.steps.length; index++) {
       const record = this.steps.at(index)!;
@@ -280,10 +284,7 @@ export class TelemetryStore {
       const token = this.tokens.at(index)!;
       this.newestFirstToken = token.index === 0 ? token : null;
     }
-    this.newestSentNs = null;
-    for (let index = 0; index < this.tokens.length; index++) {
-      this.newestSentNs = Math.max(this.newestSentNs ?? 0, this.tokens.at(index)!.sentNs);
-    }
+    this.newestSentNs = state.newestSentNs;
     this.nextSerial = (this.feed.at(-1)?.serial ?? 0) + 1;
     this.dropped = 0;
     this.lastSeq = null;

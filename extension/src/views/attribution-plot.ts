@@ -26,7 +26,12 @@ const PATTERNS: Record<Hatch, 'blank' | 'right_diagonal_line' | 'dot' | 'vertica
 const ALWAYS: readonly Part[] = ['forward', 'unexplained'];
 
 export class AttributionPlot extends StepPlot {
+  /** A column has many pieces, and each is drawn. */
+  protected override readonly columns = 90;
+  /** And therefore not as often as the lighter plots. */
+  protected override readonly intervalMs = 500;
   private readonly sources = new Map<Part, ColumnDataSource>();
+  private readonly filled = new Set<Part>();
   private glyphs: { part: Part; paint: () => void }[] = [];
   private parts = new Map<number, StepParts>();
   private present: Part[] = [...ALWAYS];
@@ -70,7 +75,7 @@ export class AttributionPlot extends StepPlot {
           const look = partLook(part, this.context.theme);
           renderer.glyph.setv({
             fill_color: look.fill,
-            line_color: part === 'unexplained' ? look.line : this.context.theme.ground,
+            line_color: part === 'unexplained' ? look.line : null,
             hatch_color: look.line,
             hatch_pattern: PATTERNS[look.hatch]
           });
@@ -95,11 +100,20 @@ export class AttributionPlot extends StepPlot {
     const bottoms = found.map(() => 0);
     const before = this.present.length;
     this.present = [];
+    const totals = found.map(each => (each?.latencyNs ?? 0) / 1e6);
+    const usual = percentile(totals, 0.95) ?? 10;
+    const highest = Math.max(1, ...totals);
+    const top = highest <= usual * 2 ? highest * 1.12 : Math.max(1, usual * 1.7);
+    this.yRange!.end = top;
+    // What is thinner than half a pixel has its place in the stack and is not drawn.
+    const thinnest = top / 400;
     PARTS.forEach((part, at) => {
       const data: Record<'left' | 'right' | 'bottom' | 'top', number[]> = { left: [], right: [], bottom: [], top: [] };
       found.forEach((each, column) => {
         const value = (each?.parts[at] ?? 0) / 1e6;
-        if (value > 0) {
+        if (value > 0 && value < thinnest) {
+          bottoms[column] += value;
+        } else if (value > 0) {
           const step = this.shown[column].event.step;
           data.left.push(step - half);
           data.right.push(step + half);
@@ -108,24 +122,24 @@ export class AttributionPlot extends StepPlot {
           data.top.push(bottoms[column]);
         }
       });
-      this.sources.get(part)!.data = data;
-      if (data.left.length > 0 || ALWAYS.includes(part)) {
+      const drawn = data.left.length > 0;
+      if (drawn || this.filled.has(part)) {
+        this.sources.get(part)!.data = data;
+        this.filled[drawn ? 'add' : 'delete'](part);
+      }
+      if (ALWAYS.includes(part) || found.some(each => (each?.parts[at] ?? 0) > 0)) {
         this.present.push(part);
       }
     });
     if (this.present.length !== before) {
       this.drawLegend();
     }
-    const usual = percentile(bottoms, 0.95) ?? 10;
-    const highest = Math.max(1, ...bottoms);
-    const top = highest <= usual * 2 ? highest * 1.12 : Math.max(1, usual * 1.7);
-    this.yRange!.end = top;
     if (this.parts.size === 0) {
       return store.tokens.length === 0
         ? trans.__('No token yet.')
         : trans.__('These tokens were recorded without the parts of their latency: see the switch Instrumentation.');
     }
-    const above = bottoms.filter(each => each > top).length;
+    const above = totals.filter(each => each > top).length;
     return [
       this.average(),
       above > 0 ? trans.__('%1 bars above this view, up to %2 ms', above, significant(highest)) : ''

@@ -43,7 +43,7 @@ export function partMeaning(part: Part, trans: Translation): string {
     queue: trans.__('Waiting until the first step that worked on it.'),
     prefill: trans.__('Computing its own prompt.'),
     recompute: trans.__('Computing its earlier positions again, after a switch or a preemption.'),
-    others_prefill: trans.__('Prompts of other requests that were computed in the same step.'),
+    others_prefill: trans.__('Prompts of other requests, or positions they had to compute again, in the same step.'),
     stall: trans.__('Steps that ran without it: preempted, or waiting behind others.'),
     draft: trans.__('Proposing tokens ahead.'),
     forward: trans.__('The model’s forward pass, for this step’s tokens.'),

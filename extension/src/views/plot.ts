@@ -25,11 +25,14 @@ export interface Table {
   rows: (string | number)[][];
 }
 
-/** Plots repaint less often than text: a canvas costs more. */
-const PLOT_INTERVAL_MS = 190;
+/** Plots repaint less often than text: a canvas costs more. One of the four every 60 ms or so. */
+const PLOT_INTERVAL_MS = 250;
+const HURRIED_INTERVAL_MS = 600;
 
 export abstract class Plot implements View {
   readonly element: HTMLElement;
+  /** How long to wait at least between two paintings while data arrives. */
+  protected readonly intervalMs: number = PLOT_INTERVAL_MS;
   protected figure: Figure | null = null;
   protected crosshair: Span | null = null;
   private readonly frame: HTMLElement;
@@ -108,7 +111,8 @@ export abstract class Plot implements View {
 
   /** Stale, and not painted a moment ago. */
   get due(): boolean {
-    return this.stale && pageNow() - this.paintedAt >= PLOT_INTERVAL_MS;
+    const interval = this.context.hurried ? HURRIED_INTERVAL_MS : this.intervalMs;
+    return this.stale && pageNow() - this.paintedAt >= interval;
   }
 
   restyle(): void {

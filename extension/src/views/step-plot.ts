@@ -11,6 +11,7 @@ const COLUMNS = 180;
 
 export abstract class StepPlot extends Plot {
   protected shown: StepRecord[] = [];
+  protected readonly columns: number = COLUMNS;
   protected xRange: Range1d | null = null;
   protected yRange: Range1d | null = null;
 
@@ -39,7 +40,7 @@ export abstract class StepPlot extends Plot {
       }
       all.reverse();
     }
-    this.shown = minMaxIndices(all.map(value), COLUMNS).map(index => all[index]);
+    this.shown = minMaxIndices(all.map(value), this.columns).map(index => all[index]);
     if (this.xRange && newest && all.length > 0) {
       const first = all[0].event.step;
       const last = newest.event.step;

@@ -15,6 +15,8 @@ import { changes, firstSentence, kindName } from './words';
 const MAX_ROWS = 8;
 /** Older tokens of a row are folded away: thousands of elements would slow the page. */
 const MAX_TOKENS = 800;
+/** As many as a row shows without scrolling: enough for whoever hurries past. */
+const HURRIED_TOKENS = 40;
 
 interface Row {
   handle: number;
@@ -33,6 +35,8 @@ interface Row {
   grown: boolean;
   /** The store's generation that it was drawn from. */
   generation: number;
+  /** Drawn in a hurry: it lacks tokens that belong to it. */
+  partial: boolean;
 }
 
 export class TokenStrip implements View {
@@ -109,8 +113,8 @@ export class TokenStrip implements View {
         row.generation = store.generation;
         cutBack(row, first, newest);
       }
-      if (row && newest + 1 < row.next) {
-        // Another server gave the handle to another request.
+      if (row && ((row.partial && !this.context.hurried) || newest + 1 < row.next)) {
+        // Drawn in a hurry, or another server gave the handle to another request: begin anew.
         row.element.remove();
         row = undefined;
       }
@@ -126,7 +130,7 @@ export class TokenStrip implements View {
     });
     // All rows are written before the first is measured: measuring makes the browser lay out the page.
     for (const row of this.rows.values()) {
-      if (row.grown && row.follow) {
+      if (row.grown && row.follow && !this.context.hurried) {
         row.text.scrollTop = 1e6;
       }
       row.grown = false;
@@ -188,7 +192,8 @@ export class TokenStrip implements View {
       lastEpoch: null,
       follow: true,
       grown: false,
-      generation: this.context.store.generation
+      generation: this.context.store.generation,
+      partial: false
     };
     text.addEventListener('mouseover', event => {
       const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
@@ -247,7 +252,9 @@ export class TokenStrip implements View {
     const fragment = document.createDocumentFragment();
     const firstIndex = request.tokens[0]?.index ?? 0;
     // After a jump only what stays is drawn.
-    const from = Math.max(0, row.next - firstIndex, request.tokens.length - MAX_TOKENS);
+    const most = this.context.hurried ? HURRIED_TOKENS : MAX_TOKENS;
+    const from = Math.max(0, row.next - firstIndex, request.tokens.length - most);
+    row.partial ||= this.context.hurried && from > Math.max(0, row.next - firstIndex);
     for (let at = from; at < request.tokens.length; at++) {
       const token = request.tokens[at];
       if (row.lastEpoch !== null && token.epoch !== null && token.epoch !== row.lastEpoch) {
@@ -262,7 +269,7 @@ export class TokenStrip implements View {
     }
     if (fragment.childNodes.length > 0) {
       row.text.append(fragment);
-      const excess = row.spans.length - MAX_TOKENS;
+      const excess = row.spans.length - (row.partial ? HURRIED_TOKENS : MAX_TOKENS);
       if (excess > 0) {
         row.spans.splice(0, excess).forEach(span => span.remove());
         row.tokens.splice(0, excess);

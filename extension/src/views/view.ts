@@ -15,6 +15,8 @@ export interface ViewContext {
   readonly theme: Theme;
   /** How far back the figures and plots reach, ns; Infinity for all there is. */
   readonly windowNs: number;
+  /** Somebody moves fast through a recording: a view may leave out what takes long, until the next update. */
+  readonly hurried: boolean;
 }
 
 export interface View {

@@ -1,5 +1,6 @@
 /** The whole workbench: all views over one store, one repaint loop, one selection. The same in every host. */
 
+import { pageNow } from '../telemetry/clock';
 import type { TelemetryConnection } from '../telemetry/connection';
 import type { TelemetryStore } from '../telemetry/store';
 import type { Manifest } from '../replay/recording';
@@ -54,6 +55,8 @@ export interface WorkbenchStats extends PaintStats {
 
 /** Scrubbing follows the hand. */
 const REPLAY_RATE = 60;
+/** After two jumps within this time the views are drawn in a hurry, and in full once there was none for as long. */
+const HURRY_MS = 200;
 const WINDOWS: readonly number[] = [5, 30, 0];
 
 export class Workbench {
@@ -61,11 +64,14 @@ export class Workbench {
   readonly switchboard: Switchboard;
   private readonly views: View[];
   private readonly plots: Plot[];
-  private readonly context: ViewContext & { theme: Theme; windowNs: number };
+  private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean };
   private readonly loop: PaintLoop;
   private readonly stops: (() => void)[] = [];
   private readonly windowButtons: HTMLButtonElement[];
   private tail: ReturnType<typeof setTimeout> | null = null;
+  private calm: ReturnType<typeof setTimeout> | null = null;
+  private generation = 0;
+  private jumpedAt = -Infinity;
 
   constructor(
     private readonly connection: TelemetryConnection,
@@ -83,7 +89,8 @@ export class Workbench {
       selection: new Selection(),
       trans,
       theme: readTheme(this.element),
-      windowNs: Infinity
+      windowNs: Infinity,
+      hurried: false
     };
     this.loop = new PaintLoop(
       {
@@ -211,8 +218,10 @@ export class Workbench {
   }
 
   dispose(): void {
-    if (this.tail !== null) {
-      clearTimeout(this.tail);
+    for (const timer of [this.tail, this.calm]) {
+      if (timer !== null) {
+        clearTimeout(timer);
+      }
     }
     this.stops.forEach(stop => stop());
     this.loop.dispose();
@@ -221,12 +230,34 @@ export class Workbench {
   }
 
   private paint(): void {
+    this.watchJumps();
     this.views.forEach(view => view.update());
     this.paintPlot();
   }
 
+  /** Notice when the store is exchanged many times a second, and when that is over. */
+  private watchJumps(): void {
+    const { generation } = this.connection.store;
+    if (generation !== this.generation) {
+      this.generation = generation;
+      const now = pageNow();
+      this.context.hurried = now - this.jumpedAt < HURRY_MS;
+      this.jumpedAt = now;
+      if (this.context.hurried) {
+        if (this.calm !== null) {
+          clearTimeout(this.calm);
+        }
+        this.calm = setTimeout(() => {
+          this.calm = null;
+          this.context.hurried = false;
+          this.loop.requestNow();
+        }, HURRY_MS);
+      }
+    }
+  }
+
   /**
-   * Paint one plot, the one that waited longest: three canvases in one frame would hold up the tokens. The others follow
+   * Paint one plot, the one that waited longest: four canvases in one frame would hold up the tokens. The others follow
    * outside the loop, whose pace is for what has just arrived.
    */
   private paintPlot(): void {

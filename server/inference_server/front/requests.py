@@ -65,6 +65,8 @@ class Sample:
     """The sample that computes the prompt for this one; ``None`` for itself."""
     first_token_ns: int | None = None
     last_sent_ns: int | None = None
+    unbooked: StepTokens | None = None
+    """The step of its newest token that was sent and is not booked yet: another connection of that step is slow."""
     longest_itl_ns: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -100,7 +102,11 @@ SentToken = tuple[Output, int, int]
 
 
 class StepTokens:
-    """The tokens of one step on their way out: logged once all are sent, or in parts where a connection is slow."""
+    """The tokens of one step on their way out: logged once all are sent, or in parts where a connection is slow.
+
+    The tokens of one sample are booked in their order: a token that was sent while an earlier one of its sample waits
+    for somebody else's connection has that one booked first.
+    """
 
     __slots__ = ("_book", "_delay_s", "_outputs", "_sent_ns", "_timer", "_waiting", "received_ns", "step")
 
@@ -130,8 +136,13 @@ class StepTokens:
 
     def sent(self, place: int, now_ns: int) -> None:
         """One token was taken by its connection."""
-        if self._sent_ns[place]:
+        output = self._outputs[place]
+        if self._sent_ns[place] or output is None:
             return
+        earlier = output.sample.unbooked
+        if earlier is not None and earlier is not self:
+            earlier.book_sent()
+        output.sample.unbooked = self
         self._sent_ns[place] = now_ns
         self._waiting -= 1
         if not self._waiting and self._timer is not None:
@@ -139,6 +150,14 @@ class StepTokens:
             self._log_sent()
 
     def _log_sent(self) -> None:
+        self.book_sent()
+        self._timer = None
+        if self._waiting:
+            self._delay_s = min(2 * self._delay_s, _SLOWEST_LOOK_S)
+            self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._log_sent)
+
+    def book_sent(self) -> None:
+        """Book the tokens that were sent and are not booked yet."""
         sent: list[SentToken] = []
         for place, output in enumerate(self._outputs):
             if output is None or output.token_id is None:
@@ -150,13 +169,11 @@ class StepTokens:
                     self._waiting -= 1
                 continue
             self._outputs[place] = None
+            if output.sample.unbooked is self:
+                output.sample.unbooked = None
             sent.append((output, output.token_id, sent_ns))
         if sent:
             self._book(self, sent)
-        self._timer = None
-        if self._waiting:
-            self._delay_s = min(2 * self._delay_s, _SLOWEST_LOOK_S)
-            self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._log_sent)
 
 
 class Generation:
