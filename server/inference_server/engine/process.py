@@ -194,6 +194,8 @@ class EngineProcess:
                         return self._close(0)
                     case Ping():
                         pass  # answered by the receiver thread, which is never busy
+            for told in engine.take_news():
+                self._emit(told)
             if not engine.has_work():
                 if not commands and not engine.asleep:  # it would take memory that was given back
                     self._advance_calibration()

@@ -53,6 +53,7 @@ from inference_server.protocol import (
     RequestFailed,
     ServerInfo,
     StepReport,
+    TaskEvent,
 )
 from inference_server.version import distribution_version
 
@@ -173,6 +174,10 @@ class Front:
         """Log something that a person should know."""
         self.log.append(event)
         _log.warning("notice of the engine", severity=event.severity, text=event.text)
+
+    def task(self, event: TaskEvent) -> None:
+        """Log how far the engine is with something it does beside serving."""
+        self.log.append(event)
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""

@@ -54,6 +54,8 @@ from inference_server.protocol import (
     Shutdown,
     Sleep,
     StepReport,
+    TaskEvent,
+    TaskProgress,
     ToEngine,
     Wake,
 )
@@ -114,6 +116,9 @@ class Listener(Protocol):
 
     def notice(self, event: NoticeEvent) -> None:
         """The engine has something to say to a person."""
+
+    def task(self, event: TaskEvent) -> None:
+        """The engine does something beside serving, and progressed with it."""
 
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
@@ -510,6 +515,8 @@ class EngineSupervisor:
                 self._resolve(message.correlation, message)
             case CommandFailed():
                 self._reject(message)
+            case TaskProgress(name, fraction, detail):
+                self._listener.task(TaskEvent(name, fraction, detail, time.monotonic_ns()))
             case Notice(severity, text):
                 self._listener.notice(NoticeEvent(severity, time.monotonic_ns(), text))
             case Hello():
