@@ -21,6 +21,7 @@ await esbuild.build({
   logLevel: 'warning'
 });
 const files = tests.map(name => join(outdir, name.replace(/\.ts$/, '.mjs')));
-const { status } = spawnSync(process.execPath, ['--test', ...files], { stdio: 'inherit' });
+const env = { ...process.env, EXTENSION_ROOT: extension };
+const { status } = spawnSync(process.execPath, ['--test', ...files], { stdio: 'inherit', env });
 await rm(outdir, { recursive: true, force: true });
 process.exit(status ?? 1);

@@ -1,4 +1,5 @@
-// Bundles the anywidget module and its style sheet: one file each, because a widget's code is loaded from a string.
+// Bundles the anywidget module, the standalone replay and the style sheet: one file each, because a widget's code is
+// loaded from a string and the replay's is written into an HTML file.
 import { mkdir, readFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -41,6 +42,8 @@ const options = {
   tsconfigRaw: { compilerOptions: { useDefineForClassFields: false } },
   plugins: [bokehFields]
 };
+// One classic script with BokehJS in it: a page that was opened from a file may not import modules.
+const replay = { ...options, entryPoints: { replay: 'src/replay.ts' }, format: 'iife' };
 const styles = {
   absWorkingDir: extension,
   entryPoints: { widget: 'style/workbench.css' },
@@ -52,9 +55,9 @@ const styles = {
 
 await mkdir(outdir, { recursive: true });
 if (process.argv.includes('--watch')) {
-  for (const each of [options, styles]) {
+  for (const each of [options, replay, styles]) {
     await (await esbuild.context(each)).watch();
   }
 } else {
-  await Promise.all([esbuild.build(options), esbuild.build(styles)]);
+  await Promise.all([options, replay, styles].map(each => esbuild.build(each)));
 }

@@ -15,14 +15,13 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { workbenchIcon } from './lab/icon';
 import { insertConnectCell } from './lab/notebook-cell';
 import { WorkbenchPanel } from './lab/panel';
+import { recordingsPlugin } from './lab/recordings-plugin';
 import { InferenceServer } from './lab/server';
 import { StatusItem } from './lab/status-item';
 import { openTeachingLayout, TEACH_PARAMETER } from './lab/teaching';
-import { CommandIds, IInferenceServer, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
+import { CATEGORY, CommandIds, IInferenceServer, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
 import type { FeatureValue } from './telemetry/protocol';
 import type { WorkbenchOptions } from './views/workbench';
-
-const CATEGORY = 'Inference Workbench';
 
 const serverPlugin: JupyterFrontEndPlugin<IInferenceServer> = {
   id: PluginIds.server,
@@ -69,7 +68,9 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
       execute: args => {
         let widget = tracker.currentWidget ?? tracker.find(() => true);
         if (!widget || widget.isDisposed) {
-          widget = new MainAreaWidget({ content: new WorkbenchPanel(server.use(), options) });
+          widget = new MainAreaWidget({
+            content: new WorkbenchPanel(server.use(), { ...options, recordings: () => server.recordings })
+          });
           widget.id = 'inference-workbench-panel';
           widget.title.label = trans.__('Inference Workbench');
           widget.title.icon = workbenchIcon;
@@ -257,7 +258,8 @@ const plugins: JupyterFrontEndPlugin<unknown>[] = [
   launcherPlugin,
   statusPlugin,
   teachingPlugin,
-  notebookPlugin
+  notebookPlugin,
+  recordingsPlugin
 ];
 
 export default plugins;

@@ -1,4 +1,4 @@
-"""The command line: ``inference-workbench serve | lab | fetch-model | status | recover | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | status | recover | export | stop``."""
 
 from __future__ import annotations
 
@@ -185,6 +185,41 @@ def recover(
     _out.print(str(path), markup=False)
     cut = f", {manifest.torn_bytes} bytes at its end were no whole record" if manifest.torn_bytes else ""
     _out.print(f"    {manifest.tables['tokens'].rows:,} tokens of {manifest.tables['steps'].rows:,} steps{cut}")
+
+
+@app.command()
+def export(
+    recording: Annotated[Path, typer.Argument(help="An .iwrec file, or the .iwjournal of one that still runs.")],
+    html: Annotated[bool, typer.Option("--html", help="One HTML file that replays it, without a network.")] = False,
+    chrome_trace: Annotated[
+        bool, typer.Option("--chrome-trace", help="A trace for ui.perfetto.dev or chrome://tracing.")
+    ] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="A folder with one CSV file per table.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to. [default: beside the recording, under its name]")
+    ] = None,
+) -> None:
+    """Turn a recording into something that other programs open."""
+    from inference_server.recording.format import RecordingError  # noqa: PLC0415 -- only this command needs it
+    from inference_workbench import WorkbenchError, open_recording  # noqa: PLC0415
+
+    wanted = [name for name, asked in (("html", html), ("chrome-trace", chrome_trace), ("csv", csv)) if asked]
+    if not wanted:
+        raise typer.BadParameter("Choose one or more of --html, --chrome-trace and --csv.")
+    if output is not None and len(wanted) > 1:
+        raise typer.BadParameter("Give --output for one format at a time.")
+    suffixes = {"html": ".html", "chrome-trace": ".trace.json", "csv": ".csv"}
+    try:
+        with open_recording(recording) as opened:
+            writers = {"html": opened.to_html, "chrome-trace": opened.to_chrome_trace, "csv": opened.to_csv}
+            for name in wanted:
+                path = writers[name](output or recording.with_suffix(suffixes[name]))
+                files = path.iterdir() if path.is_dir() else (path,)
+                size = sum(file.stat().st_size for file in files)
+                _out.print(f"{path}  ({size / 1e6:,.1f} MB)", markup=False)
+    except (RecordingError, WorkbenchError, OSError) as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
 
 
 @app.command()

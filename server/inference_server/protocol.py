@@ -169,6 +169,8 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     """ISO 8601."""
     seconds: float
     """How long the measurement took."""
+    others_cores: float = 0.0
+    """Cores that other processes kept busy meanwhile; with more than a fifth of one the figures may be too low."""
     versions: dict[str, str] = {}
 
 

@@ -55,5 +55,13 @@ def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, 
     expect(notebook.locator(".jp-OutputArea-output", has_text="again True")).to_be_visible(timeout=LOADED_MS)
     expect(widget.locator("[data-feature=kv_cache] .iw-toggle")).to_be_checked()
     finished(widget)
+    # Recorded from the widget, by way of the kernel.
+    widget.locator("[data-action=record]").click()
+    expect(widget.locator(".iw-recorder")).to_have_attribute("data-state", "recording")
+    generate(widget, "story", tokens=6)
+    finished(widget)
+    widget.locator("[data-action=record]").click()
+    expect(widget.locator(".iw-recorder")).to_have_attribute("data-state", "finished", timeout=30_000)
+    expect(widget.locator(".iw-plot-attribution .iw-caption")).to_contain_text("unexplained")
     assert produced(widget)[0] > 5
     assert stats(page)["count"] > 0

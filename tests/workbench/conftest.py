@@ -1,17 +1,15 @@
 """Fixtures of the notebook side's tests: a real server with the tiny model, and a workbench connected to it."""
 
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import pytest
 
 import inference_workbench as iw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from servers_under_test import InferenceServer
+from servers_under_test import InferenceServer, wait_for_socket
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +34,3 @@ def wb(module_workbench):
     module_workbench.features.update(defaults)
     yield module_workbench
     module_workbench.features.update(defaults)
-
-
-def wait_for_socket(server, seconds):
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.uds))) as client:
-                client.get("http://localhost/")
-                return
-        except httpx.TransportError:
-            assert time.monotonic() < deadline, server.log.read_text()
-            time.sleep(0.05)

@@ -90,6 +90,7 @@ class InferenceServer:
         command += ["--model", str(self._model)]
         env = {**os.environ, "PYTHONPATH": python_path(), "INFERENCE_WORKBENCH_TOKEN": self.token}
         env["JUPYTER_RUNTIME_DIR"] = str(self.runtime)
+        env["INFERENCE_WORKBENCH_RECORDING_FOLDER"] = str(self.runtime.parent / "recordings")
         with self.log.open("a") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
 
@@ -100,3 +101,15 @@ class InferenceServer:
     def stop(self):
         self._process.terminate()
         self._process.wait(20)
+
+
+def wait_for_socket(server, seconds):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.uds))) as client:
+                client.get("http://localhost/")
+                return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.05)

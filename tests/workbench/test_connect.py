@@ -10,10 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers_under_test import TOKEN, InferenceServer, python_path, running_jupyter
+from servers_under_test import TOKEN, InferenceServer, python_path, running_jupyter, wait_for_socket
 
 import inference_workbench as iw
-from conftest import wait_for_socket
 
 
 @pytest.fixture

@@ -191,3 +191,19 @@ def test_one_bad_prompt_of_many_ends_the_others(wb):
     with pytest.raises(iw.RequestError):
         wb.generate_many(["fine", "x" * 100_000], max_tokens=1500, ignore_eos=True)
     assert wb.status().active_requests == 0
+
+
+@pytest.mark.parametrize("level", ["off", "steps"])
+def test_with_less_instrumentation_a_run_has_its_text_at_once_and_no_tokens(wb, level):
+    wb.features.instrumentation = level
+    try:
+        begin = time.monotonic()
+        run = wb.generate("hello", max_tokens=10, ignore_eos=True, stream=False)
+        assert time.monotonic() - begin < 2.5
+    finally:
+        wb.features.instrumentation = "full"
+    assert run.text
+    assert run.complete
+    assert run.request.output_tokens == 10
+    assert len(run.tokens) == 0
+    assert len(wb.generate("hello", max_tokens=10, ignore_eos=True, stream=False).tokens) == 10

@@ -6,6 +6,8 @@
 >>> run.tokens, run.summary(), run.plot()
 >>> wb.features.kv_cache = False
 >>> wb.panel()
+>>> with wb.record("run.iwrec") as recorded: ...
+>>> iw.open_recording("run.iwrec").to_html("run.html")
 
 Importing this package is cheap: names are loaded when first used, and a Jupyter server that only needs
 ``inference_workbench.jupyter`` loads neither pandas nor a client.
@@ -17,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inference_server.recording.format import RecordingError
     from inference_workbench.client import Status, Workbench, connect
     from inference_workbench.errors import (
         FeatureRefusedError,
@@ -27,12 +30,20 @@ if TYPE_CHECKING:
         VersionMismatchError,
         WorkbenchError,
     )
+    from inference_workbench.recording import Recording, RecordingSummary, open_recording
+    from inference_workbench.recordings import Recorded, Recordings
     from inference_workbench.run import Run, Summary
     from inference_workbench.switches import AppliedSwitch, Switches
+    from inference_workbench.workload import WorkloadRun, replay
 
 __all__ = [
     "AppliedSwitch",
     "FeatureRefusedError",
+    "Recorded",
+    "Recording",
+    "RecordingError",
+    "RecordingSummary",
+    "Recordings",
     "RequestError",
     "Run",
     "ServerGoneError",
@@ -44,7 +55,10 @@ __all__ = [
     "VersionMismatchError",
     "Workbench",
     "WorkbenchError",
+    "WorkloadRun",
     "connect",
+    "open_recording",
+    "replay",
 ]
 
 _HOMES = {
@@ -58,16 +72,20 @@ _HOMES = {
         "VersionMismatchError",
         "WorkbenchError",
     ),
+    "recording": ("Recording", "RecordingSummary", "open_recording"),
+    "recordings": ("Recorded", "Recordings"),
     "run": ("Run", "Summary"),
     "switches": ("AppliedSwitch", "Switches"),
+    "workload": ("WorkloadRun", "replay"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+_HOME_OF["RecordingError"] = "inference_server.recording.format"
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,7 @@ from inference_workbench.errors import (
     WorkbenchError,
 )
 from inference_workbench.progress import ProgressLine
+from inference_workbench.recordings import Recorded, Recordings
 from inference_workbench.run import Run
 from inference_workbench.servers import Server, find_or_start
 from inference_workbench.store import ENDED, EventStore
@@ -44,6 +45,8 @@ from inference_workbench.traffic import Traffic
 
 if TYPE_CHECKING:
     from inference_workbench.panel import Panel
+    from inference_workbench.recording import Recording
+    from inference_workbench.workload import WorkloadRun
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Text to go on from, or chat messages ``{"role": …, "content": …}``."""
@@ -155,6 +158,8 @@ class Workbench:
         self._features = Switches(self._call, self.store)
         self.traffic = Traffic(self._call)
         """Requests that the server sends to itself: ``wb.traffic.start("chat", concurrency=8)``."""
+        self.recordings = Recordings(self._call, lambda: self._http)
+        """What was recorded on the server, and the way to record."""
         self.last_run: Run | None = None
         """The newest run, also of a generation that was interrupted."""
 
@@ -278,6 +283,30 @@ class Workbench:
     def notices(self) -> list[NoticeEvent]:
         """What the engine had to say to a person since connecting: memory that ran out, a check that failed."""
         return list(self.store.notices)
+
+    def record(
+        self, path: str | Path | None = None, *, name: str = "", note: str = ""
+    ) -> contextlib.AbstractContextManager[Recorded]:
+        """Record everything that happens on the server while a ``with`` block runs.
+
+        >>> with wb.record("switching.iwrec") as recorded:
+        ...     wb.generate("Once upon a time")
+        >>> recorded.open().summary()
+
+        Parameters
+        ----------
+        path
+            Where to put the file after the block. Without one it stays in the server's folder (:attr:`recordings`).
+        name, note
+            Kept in the recording, for people.
+        """
+        return self.recordings.record(path, name=name, note=note)
+
+    def replay(self, recording: Recording | str | Path, **options: Any) -> WorkloadRun:
+        """Send a recording's requests to this server at the times they came; see :func:`replay`."""
+        from inference_workbench.workload import replay  # noqa: PLC0415 -- only for who replays
+
+        return replay(recording, self, **options)
 
     # -- generating --------------------------------------------------------------------------------------------------
 

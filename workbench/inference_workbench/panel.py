@@ -8,7 +8,8 @@ to the view ``telemetry`` with one buffer, the server's MessagePack unchanged; `
             ``connecting``, ``connected``, ``waiting``, ``failed``, ``closed``; ``reason``); ``clock`` (``client_time``,
             ``now_ns``); ``reply`` (``ok``, ``message``, ``for``)
 from it     ``ready`` (a view was opened: send a snapshot); ``credit`` (``frames``); ``features`` (``values``);
-            ``generate`` (``body``); ``cancel`` (``id``); ``engine`` (``action``); ``clock`` (``client_time``)
+            ``generate`` (``body``); ``cancel`` (``id``); ``engine`` (``action``); ``clock`` (``client_time``);
+            ``record`` (``action``, ``name``, ``note``, ``id``)
 =========== ======================================================================================================
 """
 
@@ -153,6 +154,11 @@ class Panel(anywidget.AnyWidget):
                 self._command("cancel", lambda: self._workbench.cancel(request_id))
             case {"t": "engine", "action": "restart" | "stop" | "start" | "sleep" | "wake" as action}:
                 self._command("engine", lambda: self._workbench.engine(action))
+            case {"t": "record", "action": "start"}:
+                name, note = str(content.get("name") or ""), str(content.get("note") or "")
+                self._command("record", lambda: self._workbench.recordings.start(name, note))
+            case {"t": "record", "action": "stop"}:
+                self._command("record", lambda: self._workbench.recordings.stop(content.get("id"), wait=False))
             case _:
                 self._reply(str(content.get("t")), error=f"The kernel does not know what to do with {content!r}.")
 

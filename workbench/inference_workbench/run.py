@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from inference_server.protocol import FeaturesEvent, Kind, RequestEvent
+from inference_server.protocol import PARTS, FeaturesEvent, Kind, RequestEvent
 from inference_workbench.store import EventStore
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure  # noqa: N812 -- it is a class
+
+    from inference_workbench.run_tables import RunRows
+    from inference_workbench.tables import Tables
 
 _NS_PER_MS = 1e6
 _TEXT_SHOWN = 2000
@@ -100,6 +103,9 @@ class Run:
         cache's occupancy; ``own_start``, ``own_scheduled`` and ``kind`` are this request's share.
     switches
         The switches thrown between its arrival and its end.
+    attribution
+        Where each token's latency went: a row a token, in milliseconds, ``latency_ms`` and one column per part. The
+        parts add up to the latency. Missing values where the server did not measure them.
     complete
         Whether every token's record is here. False when the telemetry connection was lost or too slow meanwhile.
     """
@@ -114,6 +120,7 @@ class Run:
         steps: pd.DataFrame,
         switches: list[FeaturesEvent],
         complete: bool,
+        rows: RunRows,
     ) -> None:
         self.id = request_id
         self.text = text
@@ -122,6 +129,8 @@ class Run:
         self.steps = steps
         self.switches = switches
         self.complete = complete
+        self.rows = rows
+        self._tables: Tables | None = None
 
     @classmethod
     def collect(cls, store: EventStore, request_id: str, text: str, timeout_s: float = 3.0) -> Run:
@@ -132,9 +141,12 @@ class Run:
             handle = store.handle(request_id)
         known = -1 if handle is None else handle
         shares = store.shares(known)
-        steps = store.steps(shares["begin_ns"].to_numpy(dtype=np.int64))
-        steps = _steps_table(steps, shares)
-        tokens = _tokens_table(store.tokens(known), steps)
+        from inference_workbench.run_tables import RunRows  # noqa: PLC0415 -- pyarrow takes a while to load
+
+        step_rows = store.steps(shares["begin_ns"].to_numpy(dtype=np.int64))
+        token_rows = store.tokens(known)
+        steps = _steps_table(step_rows, shares)
+        tokens = _tokens_table(token_rows, steps)
         request = store.request(known)
         switches: list[FeaturesEvent] = []
         if request is not None:
@@ -147,7 +159,29 @@ class Run:
             steps=steps,
             switches=switches,
             complete=complete,
+            rows=RunRows(step_rows, shares, token_rows, request, switches),
         )
+
+    @property
+    def tables(self) -> Tables:
+        """The run's rows in the shape of a recording's tables: steps, step_requests, tokens, requests, features."""
+        if self._tables is None:
+            from inference_workbench.run_tables import run_tables  # noqa: PLC0415 -- pyarrow takes a while to load
+
+            self._tables = run_tables([self.rows])
+        return self._tables
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """Run a query of DuckDB's SQL over :attr:`tables`."""
+        return self.tables.sql(query)
+
+    @property
+    def attribution(self) -> pd.DataFrame:
+        """Where each token's latency went, in milliseconds; see the attributes above."""
+        rows = self.rows.tokens.sort_values("index", kind="stable")
+        parts = {part: rows[f"{part}_ns"] / _NS_PER_MS for part in PARTS}
+        table = pd.DataFrame({"latency_ms": rows["latency_ns"] / _NS_PER_MS, **parts})
+        return table.set_axis(rows["index"], axis="index")
 
     def summary(self) -> Summary:
         """Return the request's figures; see :class:`Summary` for their definitions."""

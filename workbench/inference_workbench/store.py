@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from inference_server.protocol import (
+    PARTS,
     EngineEvent,
     Event,
     FeaturesEvent,
@@ -39,6 +40,7 @@ _TOKENS = {
     "sent_ns": "int64",
     "latency_ns": "int64",
     "step": "int64",
+    **dict.fromkeys((f"{part}_ns" for part in PARTS), "float64"),
 }
 _STEPS = {
     "step": "int64",
@@ -61,6 +63,12 @@ _STEPS = {
     "kv_cached_blocks": "int64",
     "kv_filled_slots": "int64",
     "kv_block_size": "int64",
+    "before_ns": "int64",
+    "draft_ns": "int64",
+    "device_ns": "float64",
+    "attention_ns": "float64",
+    "read_bytes": "float64",
+    "flops": "float64",
 }
 _SHARES = {
     "request": "int64",
@@ -214,6 +222,12 @@ class EventStore:
             kv_cached_blocks=event.kv.cached_blocks,
             kv_filled_slots=event.kv.filled_slots,
             kv_block_size=event.kv.block_size,
+            before_ns=event.before_ns,
+            draft_ns=event.draft_ns,
+            device_ns=_number(event.device_ns),
+            attention_ns=_number(event.attention_ns),
+            read_bytes=_number(event.read_bytes),
+            flops=_number(event.flops),
         )
         self._shares.extend(
             count,
@@ -237,10 +251,11 @@ class EventStore:
             index=event.index,
             token_id=event.token_id,
             text=event.text,
-            logprob=[np.nan if value is None else value for value in event.logprob],
+            logprob=[_number(value) for value in event.logprob],
             sent_ns=event.sent_ns,
             latency_ns=event.latency_ns,
             step=event.step,
+            **{f"{part}_ns": event.parts[place] if event.parts else np.nan for place, part in enumerate(PARTS)},
         )
         for request, index in zip(event.request, event.index, strict=True):
             self._last_index[request] = index
@@ -318,6 +333,13 @@ class EventStore:
         event = None if handle is None else self._requests.get(handle)
         if handle is None or event is None or event.state not in ENDED:
             return False
+        switch = self._features.get(self.epoch)
+        if switch is not None and switch.values.get("instrumentation", "full") != "full":
+            return True  # its tokens are not told
         if self._tokens_seen.get(handle, 0) < event.output_tokens:
             return False
         return event.output_tokens == 0 or self._steps_seen.get(handle, -1) >= self._last_sent_step.get(handle, 0)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value

@@ -3,8 +3,11 @@
 import { Token } from '@lumino/coreutils';
 
 import type { SocketConnection } from '../telemetry/socket';
+import type { RecordingHost } from '../views/recorder';
 
 export const PLUGIN_NAMESPACE = 'inference-workbench';
+/** Of the commands, in the palette. */
+export const CATEGORY = 'Inference Workbench';
 
 export const PluginIds = {
   server: `${PLUGIN_NAMESPACE}:server`,
@@ -12,7 +15,8 @@ export const PluginIds = {
   launcher: `${PLUGIN_NAMESPACE}:launcher`,
   status: `${PLUGIN_NAMESPACE}:status`,
   teaching: `${PLUGIN_NAMESPACE}:teaching`,
-  notebook: `${PLUGIN_NAMESPACE}:notebook`
+  notebook: `${PLUGIN_NAMESPACE}:notebook`,
+  recordings: `${PLUGIN_NAMESPACE}:recordings`
 } as const;
 
 export const CommandIds = {
@@ -22,7 +26,10 @@ export const CommandIds = {
   sleepEngine: 'inference-workbench:sleep-engine',
   wakeEngine: 'inference-workbench:wake-engine',
   openTeaching: 'inference-workbench:open-teaching',
-  insertConnect: 'inference-workbench:insert-connect'
+  insertConnect: 'inference-workbench:insert-connect',
+  startRecording: 'inference-workbench:start-recording',
+  stopRecording: 'inference-workbench:stop-recording',
+  openRecordings: 'inference-workbench:open-recordings'
 } as const;
 
 /** The one connection of the page, made when first asked for. */
@@ -31,6 +38,8 @@ export interface IInferenceServer {
   use(): SocketConnection;
   /** The connection, if anybody has asked for it. */
   readonly current: SocketConnection | null;
+  /** What the page does with a finished recording; null where the plugin for it is disabled. */
+  recordings: RecordingHost | null;
   /** Called when the connection is made. */
   onUse(listener: (connection: SocketConnection) => void): void;
 }

@@ -27,6 +27,9 @@ export interface ConnectionStatus {
 
 export type EngineAction = 'restart' | 'stop' | 'start' | 'sleep' | 'wake';
 
+/** What can be asked of a server's recorder. */
+export type RecordingCommand = { action: 'start'; name?: string; note?: string } | { action: 'stop' };
+
 /** The server said no, and why. */
 export class RefusedError extends Error {}
 
@@ -37,6 +40,8 @@ export interface TelemetryConnection {
   readonly reconnects: number;
   /** Whether {@link engine} works here. */
   readonly controlsEngine: boolean;
+  /** What is shown has happened already: nothing can be started, switched or recorded. */
+  readonly readOnly: boolean;
   connect(): void;
   /** Try again now instead of waiting. */
   retry(): void;
@@ -48,6 +53,7 @@ export interface TelemetryConnection {
   /** End every generation that was started through this connection. */
   stopGenerating(): void;
   engine(action: EngineAction): Promise<void>;
+  record(command: RecordingCommand): Promise<void>;
   dispose(): void;
 }
 
@@ -56,6 +62,7 @@ export abstract class ConnectionBase {
   readonly clock = new ClockOffset();
   status: ConnectionStatus = { state: 'connecting', reason: '', retryAt: null };
   reconnects = 0;
+  readonly readOnly = false;
   private readonly statusListeners = new Set<() => void>();
   private sawSnapshot = false;
   private asked = false;
@@ -65,6 +72,11 @@ export abstract class ConnectionBase {
   onStatus(listener: () => void): () => void {
     this.statusListeners.add(listener);
     return () => this.statusListeners.delete(listener);
+  }
+
+  /** Id of the recording that runs, if one does. */
+  protected activeRecording(): string | null {
+    return [...this.store.recordings.values()].findLast(each => each.state === 'recording')?.id ?? null;
   }
 
   protected setStatus(state: ConnectionState, reason: string, retryAt: number | null = null): void {

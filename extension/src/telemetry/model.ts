@@ -6,7 +6,7 @@
 import type { AnyModel } from '@anywidget/types';
 
 import { pageNow } from './clock';
-import type { ConnectionState, EngineAction, TelemetryConnection } from './connection';
+import type { ConnectionState, EngineAction, RecordingCommand, TelemetryConnection } from './connection';
 import { ConnectionBase, mismatchReason, RefusedError } from './connection';
 import type { FeatureValue, GenerateBody } from './protocol';
 import { PROTOCOL_VERSION } from './protocol';
@@ -62,6 +62,10 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
 
   engine(action: EngineAction): Promise<void> {
     return this.ask('engine', { t: 'engine', action });
+  }
+
+  record(command: RecordingCommand): Promise<void> {
+    return this.ask('record', { t: 'record', id: this.activeRecording(), ...command });
   }
 
   dispose(): void {

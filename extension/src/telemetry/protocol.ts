@@ -12,6 +12,28 @@ export type EngineState = 'starting' | 'loading' | 'ready' | 'asleep' | 'failed'
 export type RequestState = 'queued' | 'running' | 'preempted' | 'finished' | 'cancelled' | 'failed';
 export type FinishReason = 'stop' | 'length' | 'cancelled' | 'error';
 
+export type RecordingState = 'recording' | 'finishing' | 'finished' | 'failed';
+
+/** Where a token's latency went, in the order of {@link TokensEvent.parts}; `docs/attribution.md` defines each. */
+export const PARTS = [
+  'tokenize',
+  'queue',
+  'prefill',
+  'recompute',
+  'others_prefill',
+  'stall',
+  'draft',
+  'forward',
+  'attention',
+  'sampling',
+  'host',
+  'transport',
+  'detokenize',
+  'send',
+  'unexplained'
+] as const;
+export type Part = (typeof PARTS)[number];
+
 /** What one request's share of a step was for. */
 export enum Kind {
   Prefill = 0,
@@ -94,6 +116,12 @@ export interface StepEvent {
   waiting: number;
   kv: KvUsage;
   idle_slots: number;
+  device_ns?: number | null;
+  before_ns?: number;
+  draft_ns?: number;
+  attention_ns?: number | null;
+  read_bytes?: number | null;
+  flops?: number | null;
 }
 
 export interface TokensEvent {
@@ -106,6 +134,8 @@ export interface TokensEvent {
   logprob: (number | null)[];
   sent_ns: number[];
   latency_ns: number[];
+  /** One list per name in {@link PARTS}, each with one entry (ns) per token; empty where it was not measured. */
+  parts?: number[][];
 }
 
 export interface RequestEvent {
@@ -124,6 +154,12 @@ export interface RequestEvent {
   finish_reason: FinishReason | null;
   error: string | null;
   group: number | null;
+  submitted_ns?: number | null;
+  started_ns?: number | null;
+  last_token_ns?: number | null;
+  preemptions?: number;
+  seed?: number | null;
+  priority?: number;
 }
 
 export interface FeaturesEvent {
@@ -160,6 +196,86 @@ export interface KvEvents {
   block: number[];
 }
 
+/** The hardware, sampled about once a second. What a machine does not tell is null. */
+export interface DeviceEvent {
+  t: 'device';
+  at_ns: number;
+  cores: number;
+  system_cpu: number;
+  system_memory_used: number;
+  system_memory_total: number;
+  process: string[];
+  pid: number[];
+  cpu: number[];
+  rss: number[];
+  gpu_name: string | null;
+  gpu_memory_used: number | null;
+  gpu_memory_total: number | null;
+  gpu_power_w: number | null;
+  gpu_clock_mhz: number | null;
+  gpu_memory_clock_mhz: number | null;
+  gpu_utilization: number | null;
+  gpu_memory_utilization: number | null;
+  gpu_temperature_c: number | null;
+}
+
+/** A recording began, grew, ended, or turned into a file. */
+export interface RecordingEvent {
+  t: 'recording';
+  id: string;
+  name: string;
+  note: string;
+  state: RecordingState;
+  at_ns: number;
+  started_ns: number;
+  /** Of the journal while recording, of the file once finished. */
+  bytes: number;
+  rows: number;
+  tokens: number;
+  seconds: number;
+  /** Progress of turning the journal into a file. */
+  fraction: number | null;
+  file: string | null;
+  message: string;
+  lost: number;
+}
+
+/** What watching costs. All times are sums over `window_ns`. */
+export interface TelemetryCostEvent {
+  t: 'telemetry_cost';
+  at_ns: number;
+  window_ns: number;
+  level: string;
+  steps: number;
+  step_ns: number;
+  engine_ns: number;
+  encode_ns: number;
+  front_ns: number;
+  journal_ns: number;
+  events: number;
+  bytes: number;
+}
+
+/** What this machine can do at best, measured. */
+export interface Ceilings {
+  device: string;
+  device_name: string;
+  dtype: string;
+  threads: number;
+  read_bytes_per_s: number;
+  copy_bytes_per_s: number;
+  flops_per_s: number;
+  measured_at: string;
+  seconds: number;
+  versions: Record<string, string>;
+}
+
+export interface CeilingsEvent {
+  t: 'ceilings';
+  at_ns: number;
+  ceilings: Ceilings;
+}
+
 /** Something a person should know that ends no request. */
 export interface NoticeEvent {
   t: 'notice_event';
@@ -169,7 +285,17 @@ export interface NoticeEvent {
 }
 
 export type TelemetryEvent =
-  StepEvent | TokensEvent | RequestEvent | FeaturesEvent | EngineEvent | KvEvents | NoticeEvent;
+  | StepEvent
+  | TokensEvent
+  | RequestEvent
+  | FeaturesEvent
+  | EngineEvent
+  | KvEvents
+  | NoticeEvent
+  | DeviceEvent
+  | RecordingEvent
+  | TelemetryCostEvent
+  | CeilingsEvent;
 
 export interface ServerInfo {
   version: string;
@@ -191,6 +317,8 @@ export interface Snapshot {
   features: FeaturesEvent | null;
   requests: RequestEvent[];
   history: TelemetryEvent[];
+  recordings?: RecordingEvent[];
+  ceilings?: Ceilings | null;
 }
 
 export interface Frame {

@@ -44,6 +44,15 @@ export class Ring<T> {
     return result;
   }
 
+  /** Forget everything and take in the newest of `values`, oldest first. */
+  replace(values: readonly T[]): void {
+    this.clear();
+    this.count = Math.min(values.length, this.capacity);
+    for (let index = 0; index < this.count; index++) {
+      this.slots[index] = values[values.length - this.count + index];
+    }
+  }
+
   clear(): void {
     this.slots.fill(undefined);
     this.begin = 0;

@@ -4,10 +4,10 @@
  */
 
 import { pageNow } from './clock';
-import type { EngineAction, TelemetryConnection } from './connection';
+import type { EngineAction, RecordingCommand, TelemetryConnection } from './connection';
 import { ConnectionBase, mismatchReason, RefusedError } from './connection';
 import { encodeClientMessage } from './decode';
-import type { ClientMessage, EngineState, FeatureValue, GenerateBody } from './protocol';
+import type { ClientMessage, EngineState, FeatureValue, GenerateBody, RecordingEvent } from './protocol';
 import { PROTOCOL_VERSION } from './protocol';
 import type { TelemetryStore } from './store';
 
@@ -112,6 +112,37 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
 
   async engine(action: EngineAction): Promise<void> {
     await this.command(`engine/${action}`, 'POST', {});
+  }
+
+  async record(command: RecordingCommand): Promise<void> {
+    if (command.action === 'start') {
+      const { name, note } = command;
+      await this.command('recordings', 'POST', { ...(name && { name }), ...(note && { note }) });
+      return;
+    }
+    const active = this.activeRecording();
+    if (active === null) {
+      throw new RefusedError('Nothing is being recorded.');
+    }
+    await this.command(`recordings/${encodeURIComponent(active)}/stop`, 'POST', {});
+  }
+
+  /** The bytes of a finished recording. */
+  async download(recording: string): Promise<Uint8Array<ArrayBuffer>> {
+    const response = await this.address.fetch(`recordings/${encodeURIComponent(recording)}/download`, {});
+    if (!response.ok) {
+      throw new RefusedError(await errorText(response));
+    }
+    return new Uint8Array(await response.arrayBuffer());
+  }
+
+  /** The recordings in the server's folder, newest first. */
+  async recordings(): Promise<{ folder: string; recordings: RecordingEvent[] }> {
+    const response = await this.address.fetch('recordings', {});
+    if (!response.ok) {
+      throw new RefusedError(await errorText(response));
+    }
+    return (await response.json()) as { folder: string; recordings: RecordingEvent[] };
   }
 
   dispose(): void {

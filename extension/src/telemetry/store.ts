@@ -7,6 +7,8 @@ import { Ring } from './ring';
 import { percentiles } from './statistics';
 import type {
   Capacity,
+  Ceilings,
+  DeviceEvent,
   EngineEvent,
   FeatureSpec,
   FeaturesEvent,
@@ -14,10 +16,12 @@ import type {
   Frame,
   Kind,
   ModelInfo,
+  RecordingEvent,
   RequestEvent,
   ServerInfo,
   Snapshot,
   StepEvent,
+  TelemetryCostEvent,
   TelemetryEvent,
   TokensEvent
 } from './protocol';
@@ -44,6 +48,8 @@ export interface TokenRecord {
   epoch: number | null;
   batch: number | null;
   kind: Kind | null;
+  /** Where the latency went, ns, in the order of `PARTS`; `null` where it was not measured. */
+  parts: readonly number[] | null;
 }
 
 export interface RequestRecord {
@@ -55,7 +61,7 @@ export interface RequestRecord {
   forgotten: number;
 }
 
-export type FeedKind = 'switch' | 'request' | 'engine' | 'error' | 'gap' | 'connection';
+export type FeedKind = 'switch' | 'request' | 'engine' | 'recording' | 'error' | 'gap' | 'connection';
 
 /** One thing worth telling. The view finds the words; `text` is for what has no event of its own. */
 export interface FeedEntry {
@@ -63,7 +69,7 @@ export interface FeedEntry {
   serial: number;
   atNs: number | null;
   kind: FeedKind;
-  event: RequestEvent | FeaturesEvent | EngineEvent | null;
+  event: RequestEvent | FeaturesEvent | EngineEvent | RecordingEvent | null;
   /** Events that were left out just before, for a gap. */
   missing: number;
   text: string;
@@ -89,6 +95,26 @@ export interface Metrics {
   idle: boolean;
 }
 
+/** All that a store holds, made elsewhere: what a replay shows at one moment. */
+export interface StoreState {
+  server: ServerInfo | null;
+  engine: EngineEvent | null;
+  failure: EngineEvent | null;
+  model: ModelInfo | null;
+  capacity: Capacity | null;
+  specs: FeatureSpec[];
+  features: FeaturesEvent | null;
+  ceilings: Ceilings | null;
+  device: DeviceEvent | null;
+  telemetryCost: TelemetryCostEvent | null;
+  epochs: readonly FeaturesEvent[];
+  requests: readonly RequestRecord[];
+  /** Oldest first, as the tokens and the feed: the newest within the store's limits are kept. */
+  steps: readonly StepRecord[];
+  tokens: readonly TokenRecord[];
+  feed: readonly FeedEntry[];
+}
+
 export interface StoreLimits {
   steps: number;
   tokens: number;
@@ -97,7 +123,13 @@ export interface StoreLimits {
   feed: number;
 }
 
-const DEFAULT_LIMITS: StoreLimits = { steps: 20_000, tokens: 50_000, requests: 512, tokensPerRequest: 8192, feed: 500 };
+export const DEFAULT_LIMITS: StoreLimits = {
+  steps: 20_000,
+  tokens: 50_000,
+  requests: 512,
+  tokensPerRequest: 8192,
+  feed: 500
+};
 const ENDED: ReadonlySet<string> = new Set(['finished', 'cancelled', 'failed']);
 
 export function isActive(request: RequestRecord): boolean {
@@ -107,6 +139,8 @@ export function isActive(request: RequestRecord): boolean {
 export class TelemetryStore {
   /** Rises with every change; a view repaints when it differs from what it painted. */
   version = 0;
+  /** Rises when what is known was exchanged for something else instead of added to: a view begins anew. */
+  generation = 0;
   server: ServerInfo | null = null;
   engine: EngineEvent | null = null;
   /** The engine's last death, until a request has succeeded since: what a person wants to know while it comes back. */
@@ -115,6 +149,14 @@ export class TelemetryStore {
   capacity: Capacity | null = null;
   specs: FeatureSpec[] = [];
   features: FeaturesEvent | null = null;
+  /** What the machine can do at best, once measured. */
+  ceilings: Ceilings | null = null;
+  /** The newest sample of the hardware. */
+  device: DeviceEvent | null = null;
+  /** What watching costs, as of the newest second in which steps ran. */
+  telemetryCost: TelemetryCostEvent | null = null;
+  /** Recordings that are being made or that ended lately, by id, oldest first. */
+  readonly recordings = new Map<string, RecordingEvent>();
   /** Switches since the page connected, by epoch. */
   readonly epochs = new Map<number, FeaturesEvent>();
   readonly requests = new Map<number, RequestRecord>();
@@ -166,6 +208,15 @@ export class TelemetryStore {
     this.capacity = snapshot.capacity;
     this.specs = snapshot.specs;
     this.features = snapshot.features;
+    this.ceilings = snapshot.ceilings ?? null;
+    this.recordings.clear();
+    for (const event of snapshot.recordings ?? []) {
+      this.recordings.set(event.id, event);
+    }
+    if (!sameServer) {
+      this.device = null;
+      this.telemetryCost = null;
+    }
     this.steps.clear();
     this.tokens.clear();
     this.stepByNumber = new Map();
@@ -192,6 +243,48 @@ export class TelemetryStore {
       }
     }
     this.trimRequests();
+    this.changed();
+  }
+
+  /** Replace everything by what somebody else made of the events: as if they all had been taken in, one by one. */
+  restore(state: StoreState): void {
+    this.server = state.server;
+    this.engine = state.engine;
+    this.failure = state.failure;
+    this.model = state.model;
+    this.capacity = state.capacity;
+    this.specs = state.specs;
+    this.features = state.features;
+    this.ceilings = state.ceilings;
+    this.device = state.device;
+    this.telemetryCost = state.telemetryCost;
+    this.epochs.clear();
+    state.epochs.forEach(event => this.epochs.set(event.epoch, event));
+    this.requests.clear();
+    state.requests.forEach(record => this.requests.set(record.handle, record));
+    this.steps.replace(state.steps);
+    this.tokens.replace(state.tokens);
+    this.feed.replace(state.feed);
+    this.stepByNumber.clear();
+    for (let index = 0; index < this.steps.length; index++) {
+      const record = this.steps.at(index)!;
+      this.stepByNumber.set(record.event.step, record);
+    }
+    this.waitingForStep.clear();
+    this.newestFirstToken = null;
+    for (let index = this.tokens.length - 1; index >= 0 && this.newestFirstToken === null; index--) {
+      const token = this.tokens.at(index)!;
+      this.newestFirstToken = token.index === 0 ? token : null;
+    }
+    this.newestSentNs = null;
+    for (let index = 0; index < this.tokens.length; index++) {
+      this.newestSentNs = Math.max(this.newestSentNs ?? 0, this.tokens.at(index)!.sentNs);
+    }
+    this.nextSerial = (this.feed.at(-1)?.serial ?? 0) + 1;
+    this.dropped = 0;
+    this.lastSeq = null;
+    this.trimRequests();
+    this.generation += 1;
     this.changed();
   }
 
@@ -309,6 +402,18 @@ export class TelemetryStore {
         break;
       case 'kv':
         break; // logged and recorded; no view draws single blocks yet
+      case 'device':
+        this.device = event;
+        break;
+      case 'telemetry_cost':
+        this.telemetryCost = event;
+        break;
+      case 'ceilings':
+        this.ceilings = event.ceilings;
+        break;
+      case 'recording':
+        this.takeRecording(event, live);
+        break;
     }
   }
 
@@ -320,11 +425,7 @@ export class TelemetryStore {
       this.stepByNumber.clear();
       this.waitingForStep.clear();
     }
-    const record: StepRecord = { event, byKind: [0, 0, 0, 0, 0], total: 0 };
-    for (let index = 0; index < event.scheduled.length; index++) {
-      record.byKind[event.kind[index]] += event.scheduled[index];
-      record.total += event.scheduled[index];
-    }
+    const record = makeStepRecord(event);
     const forgotten = this.steps.push(record);
     if (forgotten) {
       this.stepByNumber.delete(forgotten.event.step);
@@ -351,7 +452,8 @@ export class TelemetryStore {
         latencyNs: event.latency_ns[index],
         epoch: null,
         batch: null,
-        kind: null
+        kind: null,
+        parts: event.parts?.length ? event.parts.map(each => each[index]) : null
       };
       if (step) {
         complete(token, step);
@@ -375,6 +477,14 @@ export class TelemetryStore {
     }
     if (this.waitingForStep.size > 1000) {
       this.waitingForStep.delete(this.waitingForStep.keys().next().value!);
+    }
+  }
+
+  private takeRecording(event: RecordingEvent, live: boolean): void {
+    const before = this.recordings.get(event.id);
+    this.recordings.set(event.id, event);
+    if (live && before?.state !== event.state && event.state !== 'finishing') {
+      this.tell({ kind: event.state === 'failed' ? 'error' : 'recording', atNs: event.at_ns, event });
     }
   }
 
@@ -453,6 +563,15 @@ export class TelemetryStore {
 /** The value of a feature now, or its default while nothing is known. */
 export function currentValue(store: TelemetryStore, spec: FeatureSpec): FeatureValue {
   return store.features?.values[spec.name] ?? spec.default;
+}
+
+export function makeStepRecord(event: StepEvent): StepRecord {
+  const record: StepRecord = { event, byKind: [0, 0, 0, 0, 0], total: 0 };
+  for (let index = 0; index < event.scheduled.length; index++) {
+    record.byKind[event.kind[index]] += event.scheduled[index];
+    record.total += event.scheduled[index];
+  }
+  return record;
 }
 
 function complete(token: TokenRecord, step: StepRecord): void {

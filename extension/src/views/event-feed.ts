@@ -3,7 +3,7 @@
 import type { FeedEntry, FeedKind } from '../telemetry/store';
 import { h } from './dom';
 import type { View, ViewContext } from './view';
-import { changes, describeEngine, describeRequest, describeSwitch } from './words';
+import { changes, describeEngine, describeRecording, describeRequest, describeSwitch } from './words';
 
 const SHOWN = 60;
 
@@ -11,6 +11,7 @@ const SIGNS: Record<FeedKind, string> = {
   switch: '⇄',
   request: '·',
   engine: '●',
+  recording: '◉',
   error: '▲',
   gap: '…',
   connection: '⌁'
@@ -21,6 +22,7 @@ export class EventFeed implements View {
   private readonly list: HTMLElement;
   private readonly empty: HTMLElement;
   private newest = 0;
+  private generation = 0;
 
   constructor(private readonly context: ViewContext) {
     const { trans } = context;
@@ -42,7 +44,17 @@ export class EventFeed implements View {
   }
 
   update(): void {
-    const { feed } = this.context.store;
+    const { feed, generation } = this.context.store;
+    if (generation !== this.generation) {
+      // Another moment of a recording: its own lines, and no later ones.
+      this.generation = generation;
+      const kept = feed.at(-1)?.serial ?? 0;
+      if (kept < this.newest) {
+        this.newest = 0;
+        this.list.replaceChildren();
+        this.empty.hidden = false;
+      }
+    }
     const fresh = feed.last(SHOWN).filter(entry => entry.serial > this.newest);
     if (fresh.length === 0) {
       return;
@@ -78,6 +90,8 @@ export class EventFeed implements View {
         return describeRequest(event, trans);
       case 'engine':
         return describeEngine(event, trans);
+      case 'recording':
+        return describeRecording(event, trans);
       case undefined:
         return missing > 0
           ? trans.__('%1 events were left out: this page or its connection was too slow', missing)

@@ -14,6 +14,10 @@ export interface LegendEntry {
   colour: string;
   text: string;
   look?: 'fill' | 'hatch' | 'line' | 'dashed' | 'dot' | 'triangle';
+  /** Of the hatch, where it is not the ground's. */
+  line?: string;
+  /** Which hatch; see `parts.ts`. */
+  hatch?: string;
 }
 
 export interface Table {
@@ -213,11 +217,16 @@ export abstract class Plot implements View {
     }
   }
 
-  private drawLegend(): void {
+  protected drawLegend(): void {
     this.legendElement.replaceChildren(
       ...this.legend().map(entry => {
         const key = h('span', { class: `iw-key iw-key-${entry.look ?? 'fill'}`, attrs: { 'aria-hidden': 'true' } });
         key.style.setProperty('--iw-key', entry.colour);
+        if (entry.hatch) {
+          key.classList.add('iw-part', `iw-part-${entry.hatch}`);
+          key.style.setProperty('--iw-part-fill', entry.colour);
+          key.style.setProperty('--iw-part-line', entry.line ?? 'currentcolor');
+        }
         return h('span', { class: 'iw-legend-entry' }, key, h('span', { text: entry.text }));
       })
     );

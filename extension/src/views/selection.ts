@@ -1,4 +1,7 @@
-/** What the reader points at, shared by all views: an engine step, and perhaps one token of it. */
+/**
+ * What the reader points at, shared by all views: an engine step, and perhaps one token of it. A token that was clicked
+ * stays pinned until another is, so that it can be read at leisure.
+ */
 
 export interface Pointed {
   step: number;
@@ -8,6 +11,7 @@ export interface Pointed {
 
 export class Selection {
   private current: Pointed | null = null;
+  private kept: Pointed | null = null;
   private readonly listeners = new Set<() => void>();
 
   get value(): Pointed | null {
@@ -20,6 +24,15 @@ export class Selection {
       return;
     }
     this.current = value;
+    this.listeners.forEach(listener => listener());
+  }
+
+  get pinned(): Pointed | null {
+    return this.kept;
+  }
+
+  pin(value: Pointed | null): void {
+    this.kept = value;
     this.listeners.forEach(listener => listener());
   }
 

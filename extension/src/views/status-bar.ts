@@ -7,7 +7,7 @@ import type { EngineAction } from '../telemetry/connection';
 import { pageNow } from '../telemetry/clock';
 import type { PaintStats } from './loop';
 import type { View, ViewContext } from './view';
-import { firstSentence } from './words';
+import { describeEngine, firstSentence } from './words';
 
 type Level = 'good' | 'busy' | 'bad' | 'off';
 
@@ -30,7 +30,8 @@ export class StatusBar implements View {
 
   constructor(
     private readonly context: ViewContext,
-    private readonly stats: () => PaintStats
+    private readonly stats: () => PaintStats,
+    recorder: HTMLElement | null = null
   ) {
     const { trans, connection } = context;
     this.chip.append(this.sign, this.label);
@@ -69,19 +70,21 @@ export class StatusBar implements View {
         { class: 'iw-status-line' },
         this.chip,
         this.model,
-        h(
-          'span',
-          { class: 'iw-lag' },
-          h('span', { text: trans.__('view lag') }),
-          this.lag,
-          measuredBadge(
-            trans,
-            trans.__('View lag'),
-            trans.__(
-              'Age of the newest token when it appears on this screen: time of painting minus the time the server sent it, on the server’s clock (offset estimated like NTP, from the quickest exchange). Median of the recent repaints.'
+        !connection.readOnly &&
+          h(
+            'span',
+            { class: 'iw-lag' },
+            h('span', { text: trans.__('view lag') }),
+            this.lag,
+            measuredBadge(
+              trans,
+              trans.__('View lag'),
+              trans.__(
+                'Age of the newest token when it appears on this screen: time of painting minus the time the server sent it, on the server’s clock (offset estimated like NTP, from the quickest exchange). Median of the recent repaints.'
+              )
             )
-          )
-        ),
+          ),
+        recorder,
         connection.controlsEngine &&
           h(
             'span',
@@ -112,7 +115,14 @@ export class StatusBar implements View {
     let text: string;
     let reason: string;
     let fraction: number | null | undefined;
-    if (!connected) {
+    if (connection.readOnly) {
+      level = 'off';
+      text = trans.__('Recording');
+      reason =
+        engine === null || engine.state === 'ready'
+          ? ''
+          : trans.__('At this moment: %1', describeEngine(engine, trans));
+    } else if (!connected) {
       level = status.state === 'failed' ? 'bad' : status.state === 'closed' ? 'off' : 'busy';
       text =
         status.state === 'failed'

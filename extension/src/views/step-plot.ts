@@ -20,8 +20,11 @@ export abstract class StepPlot extends Plot {
     return { x_range: this.xRange, y_range: this.yRange };
   }
 
-  /** The steps of the window, thinned so that the extremes of `value` stay; sets {@link shown} and the x axis. */
-  protected collect(value: (step: StepRecord) => number): void {
+  /**
+   * The steps of the window from step number `from` on, thinned so that the extremes of `value` stay; sets
+   * {@link shown} and the x axis.
+   */
+  protected collect(value: (step: StepRecord) => number, from = -Infinity): void {
     const { store, windowNs } = this.context;
     const newest = store.steps.at(-1);
     const all: StepRecord[] = [];
@@ -29,7 +32,7 @@ export abstract class StepPlot extends Plot {
       const since = newest.event.end_ns - windowNs;
       for (let index = store.steps.length - 1; index >= 0; index--) {
         const step = store.steps.at(index)!;
-        if (step.event.end_ns < since) {
+        if (step.event.end_ns < since || step.event.step < from) {
           break;
         }
         all.push(step);

@@ -51,6 +51,7 @@ export class Switchboard implements View {
         { class: 'iw-card-head' },
         h('h3', { text: trans.__('Switches') }),
         this.epoch,
+        context.connection.readOnly && h('span', { class: 'iw-epoch', text: trans.__('as they were, read-only') }),
         h('span', { class: 'iw-spring' }),
         explain
       ),
@@ -67,7 +68,7 @@ export class Switchboard implements View {
     this.drawn = store.specs;
     this.wait.hidden = this.controls.length > 0;
     setText(this.epoch, store.features ? trans.__('epoch %1', store.features.epoch) : '');
-    const usable = connection.status.state === 'connected' && store.engine?.state === 'ready';
+    const usable = !connection.readOnly && connection.status.state === 'connected' && store.engine?.state === 'ready';
     for (const control of this.controls) {
       const { name } = control.spec;
       const pending = this.pending.has(name);

@@ -1,8 +1,9 @@
-/** The big numbers: output rate, ITL, TTFT, KV occupancy. */
+/** The big numbers: output rate, ITL, TTFT, KV occupancy, and what watching costs. */
 
 import { measuredBadge } from './badge';
 import { h, setText } from './dom';
 import { percent, significant } from './format';
+import { Observer } from './observer';
 import type { View, ViewContext } from './view';
 
 interface Tile {
@@ -18,6 +19,7 @@ export class Tiles implements View {
   private readonly itl: Tile;
   private readonly ttft: Tile;
   private readonly kv: Tile;
+  private readonly observer: Observer;
   private readonly meter: HTMLElement;
   private readonly meterFilled: HTMLElement;
 
@@ -51,6 +53,7 @@ export class Tiles implements View {
         'Used blocks divided by all blocks, and filled token slots divided by all slots. Blocks that are only kept for reuse count as free. Taken at the end of the newest step.'
       )
     );
+    this.observer = new Observer(context);
     this.meterFilled = h('div', { class: 'iw-meter-filled' });
     this.meter = h(
       'div',
@@ -65,7 +68,8 @@ export class Tiles implements View {
       this.rate.element,
       this.itl.element,
       this.ttft.element,
-      this.kv.element
+      this.kv.element,
+      this.observer.element
     );
   }
 
@@ -112,6 +116,7 @@ export class Tiles implements View {
     this.meter.style.setProperty('--iw-used', String(used));
     this.meter.style.setProperty('--iw-filled', String(filled));
     this.element.classList.toggle('iw-idle', metrics.idle);
+    this.observer.update();
   }
 
   private tile(name: string, label: string, definition: string): Tile {

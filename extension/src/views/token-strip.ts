@@ -31,6 +31,8 @@ interface Row {
   follow: boolean;
   /** Got tokens in this update. */
   grown: boolean;
+  /** The store's generation that it was drawn from. */
+  generation: number;
 }
 
 export class TokenStrip implements View {
@@ -42,6 +44,7 @@ export class TokenStrip implements View {
   private readonly empty: HTMLElement;
   private readonly more = h('p', { class: 'iw-hint', attrs: { hidden: true } });
   private pointed: HTMLElement | null = null;
+  private pinned: HTMLElement | null = null;
   private readonly stopSelection: () => void;
 
   constructor(private readonly context: ViewContext) {
@@ -102,6 +105,10 @@ export class TokenStrip implements View {
       let row = this.rows.get(request.handle);
       const first = request.tokens[0]?.index ?? 0;
       const newest = request.tokens.at(-1)?.index ?? -1;
+      if (row && store.generation !== row.generation) {
+        row.generation = store.generation;
+        cutBack(row, first, newest);
+      }
       if (row && newest + 1 < row.next) {
         // Another server gave the handle to another request.
         row.element.remove();
@@ -157,7 +164,9 @@ export class TokenStrip implements View {
         tabindex: 0,
         role: 'group',
         'aria-labelledby': titleId,
-        'aria-description': trans.__('Left and right arrow keys go from token to token.')
+        'aria-description': trans.__(
+          'Left and right arrow keys go from token to token, Enter asks why it took so long.'
+        )
       }
     });
     text.append(folded);
@@ -178,12 +187,19 @@ export class TokenStrip implements View {
       next: 0,
       lastEpoch: null,
       follow: true,
-      grown: false
+      grown: false,
+      generation: this.context.store.generation
     };
     text.addEventListener('mouseover', event => {
       const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
       if (span) {
         this.pointAt(row, row.spans.indexOf(span));
+      }
+    });
+    text.addEventListener('click', event => {
+      const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
+      if (span) {
+        this.pinAt(row, row.spans.indexOf(span));
       }
     });
     text.addEventListener('mouseleave', () => {
@@ -212,8 +228,13 @@ export class TokenStrip implements View {
       event.preventDefault();
       this.pointAt(row, moves[event.key]);
       row.spans[moves[event.key]]?.scrollIntoView({ block: 'nearest' });
+    } else if ((event.key === 'Enter' || event.key === ' ') && at >= 0) {
+      event.preventDefault();
+      event.stopPropagation();
+      this.pinAt(row, at);
     } else if (event.key === 'Escape') {
       this.context.selection.set(null);
+      this.context.selection.pin(null);
     }
   }
 
@@ -225,7 +246,9 @@ export class TokenStrip implements View {
     row.element.dataset.state = event?.state ?? 'running';
     const fragment = document.createDocumentFragment();
     const firstIndex = request.tokens[0]?.index ?? 0;
-    for (let at = Math.max(0, row.next - firstIndex); at < request.tokens.length; at++) {
+    // After a jump only what stays is drawn.
+    const from = Math.max(0, row.next - firstIndex, request.tokens.length - MAX_TOKENS);
+    for (let at = from; at < request.tokens.length; at++) {
       const token = request.tokens[at];
       if (row.lastEpoch !== null && token.epoch !== null && token.epoch !== row.lastEpoch) {
         fragment.append(this.switchMark(token.epoch));
@@ -301,10 +324,18 @@ export class TokenStrip implements View {
     }
   }
 
+  private pinAt(row: Row, at: number): void {
+    const token = row.tokens[at];
+    if (token) {
+      this.context.selection.pin({ step: token.step, request: token.request, index: token.index });
+    }
+  }
+
   private showSelection(): void {
     const { value } = this.context.selection;
     this.pointed?.classList.remove('iw-pointed');
     this.pointed = null;
+    this.showPinned();
     const row = value && value.request !== null ? this.rows.get(value.request) : undefined;
     const at = row ? row.tokens.findIndex(token => token.index === value!.index) : -1;
     if (row && at >= 0) {
@@ -316,13 +347,27 @@ export class TokenStrip implements View {
     }
   }
 
+  private showPinned(): void {
+    const { pinned } = this.context.selection;
+    const row = pinned && pinned.request !== null ? this.rows.get(pinned.request) : undefined;
+    const at = row ? row.tokens.findIndex(token => token.index === pinned!.index) : -1;
+    const span = row && at >= 0 ? row.spans[at] : null;
+    if (span !== this.pinned) {
+      this.pinned?.classList.remove('iw-pinned');
+      span?.classList.add('iw-pinned');
+      this.pinned = span;
+    }
+  }
+
   private setDetails(token: TokenRecord | null): void {
     const { trans, store } = this.context;
     this.details.classList.toggle('iw-quiet', token === null);
     if (token === null) {
       setText(
         this.details,
-        trans.__('Point at a token, or walk with the arrow keys, to see where and when it was made.')
+        trans.__(
+          'Point at a token, or walk with the arrow keys, to see where and when it was made; click it, or press Enter, to see why it took so long.'
+        )
       );
       return;
     }
@@ -350,6 +395,21 @@ export class TokenStrip implements View {
     }
     setText(this.details, parts.join(' · '));
   }
+}
+
+/** Another moment of the same recording: keep what is the same, take away what is not there yet. */
+function cutBack(row: Row, first: number, newest: number): void {
+  while (row.tokens.length > 0 && row.tokens[row.tokens.length - 1].index > newest) {
+    row.tokens.pop();
+    const span = row.spans.pop()!;
+    while (span.previousSibling instanceof HTMLElement && span.previousSibling.matches('.iw-switch-mark')) {
+      span.previousSibling.remove();
+    }
+    span.remove();
+  }
+  const last = row.tokens.at(-1);
+  row.next = last ? last.index + 1 : row.folded.hidden ? first : Infinity;
+  row.lastEpoch = last?.epoch ?? null;
 }
 
 function tokenSpan(token: TokenRecord): HTMLElement {

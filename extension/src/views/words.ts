@@ -1,8 +1,8 @@
 /** Sentences that several views say: about switches, requests and the engine. */
 
-import type { EngineEvent, FeaturesEvent, FeatureValue, RequestEvent } from '../telemetry/protocol';
+import type { EngineEvent, FeaturesEvent, FeatureValue, RecordingEvent, RequestEvent } from '../telemetry/protocol';
 import { Kind } from '../telemetry/protocol';
-import { count, duration } from './format';
+import { bytes, count, duration } from './format';
 import type { Translation } from './translation';
 
 /** "on", "off", or the value itself. */
@@ -74,6 +74,20 @@ export function describeEngine(event: EngineEvent, trans: Translation): string {
     stopped: trans.__('Engine stopped')
   };
   return event.message ? `${states[event.state]}: ${event.message}` : states[event.state];
+}
+
+export function describeRecording(event: RecordingEvent, trans: Translation): string {
+  const { name, state } = event;
+  switch (state) {
+    case 'recording':
+      return trans.__('Recording “%1” began', name);
+    case 'finishing':
+      return trans.__('Recording “%1” is being turned into a file', name);
+    case 'finished':
+      return trans.__('Recording “%1” is finished: %2, %3 tokens', name, bytes(event.bytes), count(event.tokens));
+    case 'failed':
+      return trans.__('Recording “%1” failed: %2', name, event.message || trans.__('no reason was given'));
+  }
 }
 
 export function kindName(kind: Kind, trans: Translation): string {

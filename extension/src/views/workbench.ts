@@ -1,6 +1,10 @@
 /** The whole workbench: all views over one store, one repaint loop, one selection. The same in every host. */
 
 import type { TelemetryConnection } from '../telemetry/connection';
+import type { TelemetryStore } from '../telemetry/store';
+import type { Manifest } from '../replay/recording';
+import type { ReplaySource } from '../replay/source';
+import { AttributionPlot } from './attribution-plot';
 import { BatchPlot } from './batch-plot';
 import { h } from './dom';
 import { EventFeed } from './event-feed';
@@ -10,6 +14,8 @@ import { PaintLoop } from './loop';
 import type { PaintStats } from './loop';
 import type { Plot } from './plot';
 import { PromptBox } from './prompt-box';
+import type { RecordingHost } from './recorder';
+import { Recorder } from './recorder';
 import { Selection } from './selection';
 import { StatusBar } from './status-bar';
 import { Switchboard } from './switchboard';
@@ -17,8 +23,10 @@ import type { Theme } from './theme';
 import { readTheme, watchTheme } from './theme';
 import { Tiles } from './tiles';
 import { TokenStrip } from './token-strip';
+import { TokenWhy } from './token-why';
 import type { Translation } from './translation';
 import { untranslated } from './translation';
+import { Transport } from './transport';
 import type { View, ViewContext } from './view';
 
 export interface WorkbenchOptions {
@@ -27,6 +35,10 @@ export interface WorkbenchOptions {
   repaintRate?: number;
   /** Seconds that figures and plots look back; 0 for everything kept. */
   windowSeconds?: number;
+  /** What this page can do with a recording that was made here. */
+  recordings?: () => RecordingHost | null;
+  /** Shown instead of a server: a recording, moved through by its own controls. */
+  replay?: { source: ReplaySource; manifest: Manifest; bytes: number };
 }
 
 export interface WorkbenchStats extends PaintStats {
@@ -39,6 +51,8 @@ export interface WorkbenchStats extends PaintStats {
   clockUncertaintyMs: number | null;
 }
 
+/** Scrubbing follows the hand. */
+const REPLAY_RATE = 60;
 const WINDOWS: readonly number[] = [5, 30, 0];
 
 export class Workbench {
@@ -77,16 +91,27 @@ export class Workbench {
         serverTime: pageMs => connection.clock.serverTime(pageMs),
         newestSentNs: () => store.newestSentNs
       },
-      options.repaintRate ?? 10
+      options.replay ? REPLAY_RATE : (options.repaintRate ?? 10)
     );
-    const status = new StatusBar(this.context, () => this.loop.stats());
+    const { replay } = options;
+    const recorder = replay ? null : new Recorder(this.context, options.recordings ?? (() => null));
+    const status = new StatusBar(this.context, () => this.loop.stats(), recorder?.element ?? null);
+    const transport = replay ? new Transport(this.context, replay.source, replay.manifest, replay.bytes) : null;
     const tiles = new Tiles(this.context);
-    const prompt = new PromptBox(this.context);
+    const prompt = replay ? null : new PromptBox(this.context);
     this.switchboard = new Switchboard(this.context);
     const strip = new TokenStrip(this.context);
-    this.plots = [new LatencyPlot(this.context), new BatchPlot(this.context), new KvPlot(this.context)];
+    const why = new TokenWhy(this.context);
+    this.plots = [
+      new LatencyPlot(this.context),
+      new AttributionPlot(this.context),
+      new BatchPlot(this.context),
+      new KvPlot(this.context)
+    ];
     const feed = new EventFeed(this.context);
-    this.views = [status, tiles, prompt, this.switchboard, strip, feed];
+    this.views = [status, recorder, transport, tiles, prompt, this.switchboard, strip, why, feed].filter(
+      each => each !== null
+    );
     this.windowButtons = WINDOWS.map(seconds =>
       h('button', {
         class: 'iw-window',
@@ -97,12 +122,13 @@ export class Workbench {
     );
     this.element.append(
       status.element,
+      transport?.element ?? '',
       h(
         'div',
-        { class: 'iw-body' },
+        { class: replay ? 'iw-body iw-replayed' : 'iw-body' },
         tiles.element,
-        prompt.element,
-        strip.element,
+        prompt?.element,
+        h('div', { class: 'iw-strip-area' }, strip.element, why.element),
         this.switchboard.element,
         h(
           'div',
@@ -128,16 +154,25 @@ export class Workbench {
     );
     this.setWindow(options.windowSeconds ?? 30);
     this.stops.push(
-      store.onChange(this.loop.request),
+      // A replay moves when somebody moves it; a server's frames come when they come.
+      store.onChange(connection.readOnly ? this.loop.requestNow : this.loop.request),
       connection.onStatus(this.loop.requestNow),
       watchTheme(() => this.restyle())
     );
+    if (replay && transport) {
+      this.element.addEventListener('keydown', transport.onKey);
+      this.stops.push(replay.source.onMove(this.loop.requestNow));
+    }
     const seen = new IntersectionObserver(() => this.loop.requestNow());
     seen.observe(this.element);
     this.stops.push(() => seen.disconnect());
     // Colours come from CSS, which applies once the element is in the page.
     requestAnimationFrame(() => this.restyle());
     this.loop.requestNow();
+  }
+
+  get store(): TelemetryStore {
+    return this.connection.store;
   }
 
   setRepaintRate(rate: number): void {

@@ -30,13 +30,14 @@ from inference_server.front.measurement_api import MeasurementApi
 from inference_server.front.metrics import Metrics
 from inference_server.front.openai_api import OpenAiApi
 from inference_server.front.recorder import Recorder
-from inference_server.front.requests import RequestTable
+from inference_server.front.requests import RequestTable, Sample
 from inference_server.front.settings import Settings
 from inference_server.front.supervisor import EngineSupervisor
 from inference_server.front.telemetry import Served, TelemetryHub
 from inference_server.front.telemetry_cost import FrontCost, TelemetryCost
 from inference_server.front.token_book import TokenBook
 from inference_server.front.tokenizer import ModelTokenizer
+from inference_server.front.tracing import Tracer
 from inference_server.front.traffic import Traffic
 from inference_server.front.traffic_api import TrafficApi
 from inference_server.protocol import (
@@ -58,6 +59,7 @@ from inference_server.protocol import (
 from inference_server.version import distribution_version
 
 _log = structlog.get_logger(__name__)
+_RECOVER_AGAIN_S = 15.0
 
 
 class Front:
@@ -105,6 +107,10 @@ class Front:
             log=self.log.append,
         )
         self._sampling: asyncio.Task[None] | None = None
+        self._tracer: Tracer | None = None
+        if settings.otlp_endpoint is not None:
+            self._tracer = Tracer(settings.otlp_endpoint, self.server.version)
+            self.book.on_end = self._trace
         self._on_engine_event = on_engine_event
         self._tokenizer: ModelTokenizer | None = None
         self.log.append(self.supervisor.event)
@@ -114,6 +120,8 @@ class Front:
         await self.supervisor.start()
         self._sampling = asyncio.create_task(self._sampler.run())
         self.recorder.recover()
+        # The kernel may still be taking down a server that was killed a moment ago.
+        asyncio.get_running_loop().call_later(_RECOVER_AGAIN_S, self.recorder.recover)
 
     async def close(self) -> None:
         """End all of it."""
@@ -122,6 +130,12 @@ class Front:
             self._sampling.cancel()
         await self.supervisor.close()
         await self.recorder.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
+
+    def _trace(self, sample: Sample) -> None:
+        if self._tracer is not None:
+            self._tracer.request(sample, self.metrics.model_name)
 
     def _processes(self) -> dict[str, int]:
         engine = self.supervisor.event.pid
@@ -155,6 +169,7 @@ class Front:
     def engine_event(self, event: EngineEvent) -> None:
         """Log a change of the engine."""
         self.log.append(event)
+        self.book.engine_event(event)
         if self._on_engine_event is not None:
             self._on_engine_event(event)
 

@@ -96,14 +96,15 @@ class Metrics:
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._ended: dict[FinishReason, int] = dict.fromkeys(_REASONS, 0)
         self._kv: KvUsage | None = None
-        self._model = ""
+        self.model_name = ""
+        """What is served now."""
         self._capacity: Capacity | None = None
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_Collector(self._collect))
 
     def ready(self, ready: Ready) -> None:
         """Name the model that is served from now on."""
-        self._model = ready.model.name
+        self.model_name = ready.model.name
         self._capacity = ready.capacity
         self._kv = None
 
@@ -180,7 +181,7 @@ class Metrics:
     # -- telling -----------------------------------------------------------------------------------------------------
 
     def _collect(self) -> Iterator[Metric]:
-        labels, values = ["model_name", "engine"], [self._model, "0"]
+        labels, values = ["model_name", "engine"], [self.model_name, "0"]
 
         def gauge(name: str, text: str, value: float) -> Metric:
             family = GaugeMetricFamily(f"vllm:{name}", text, labels=labels)
@@ -191,8 +192,9 @@ class Metrics:
         running = sum(state == "running" for state in states)
         yield gauge("num_requests_running", "Requests in the running batch.", running)
         yield gauge("num_requests_waiting", "Requests that wait, preempted ones included.", len(states) - running)
-        if self._kv is not None:
-            share = self._kv.used_blocks / max(self._kv.total_blocks, 1) if states else 0.0
+        if self._kv is not None or not states:  # while nothing is recorded nobody knows, but for "nothing"
+            kv = self._kv if states else None
+            share = kv.used_blocks / max(kv.total_blocks, 1) if kv is not None else 0.0
             yield gauge("kv_cache_usage_perc", "Referenced KV blocks, 1 is all.", share)
         if self._capacity is not None:
             config = GaugeMetricFamily(

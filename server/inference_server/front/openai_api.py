@@ -33,6 +33,7 @@ _START_WITHIN_S = 1.0
 """How long a stream waits for its first token, or a refusal by the engine, before it commits to status 200."""
 _KEEP_ALIVE_S = 15.0
 _RequestId = "X-Request-Id"
+_TRACE_HEADERS = ("traceparent", "tracestate")
 
 T = TypeVar("T")
 Encoder = Callable[[ModelTokenizer], Awaitable[list[list[int]]]]
@@ -141,7 +142,14 @@ class OpenAiApi:
         if ready is not None:
             _check_model(body, ready)
         identifier = body.request_id or f"{prefix}-{secrets.token_hex(12)}"
-        generation = self._requests.open(identifier, preview, prompts=prompts, n=body.n, streaming=body.stream)
+        generation = self._requests.open(
+            identifier,
+            preview,
+            prompts=prompts,
+            n=body.n,
+            streaming=body.stream,
+            headers={name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
+        )
         leaving = asyncio.create_task(self._watch_client(request, generation))
         try:
             ready = await _unless_ended(self._supervisor.wait_ready(self._loading_wait_s), generation)

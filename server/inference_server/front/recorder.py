@@ -195,6 +195,9 @@ class Recorder:
                 continue
             reader.close()
             manifest = reader.head.manifest
+            known = self._states.get(manifest.id)
+            if known is not None and known.state == "finishing":
+                continue
             event = RecordingEvent(
                 id=manifest.id, name=manifest.name, note=manifest.note, state="finishing", at_ns=time.monotonic_ns(),
                 started_ns=time.monotonic_ns(), bytes=journal.stat().st_size, rows=0, tokens=0, seconds=0.0,

@@ -88,8 +88,6 @@ class Output:
     finish: FinishReason | None = None
     step: StepTokens | None = None
     place: int = 0
-    known_ns: int = 0
-    """When its text was known."""
 
     def sent(self, now_ns: int) -> None:
         """Say that the client's connection has taken it."""
@@ -164,8 +162,18 @@ class StepTokens:
 class Generation:
     """One HTTP call: its samples and the mailbox that its handler reads."""
 
-    def __init__(self, identifier: str, preview: str, *, samples_per_prompt: int, streaming: bool) -> None:
+    def __init__(
+        self,
+        identifier: str,
+        preview: str,
+        *,
+        samples_per_prompt: int,
+        streaming: bool,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.id = identifier
+        self.headers = headers or {}
+        """Those of the call that say which trace it belongs to."""
         self.preview = preview
         self.arrival_ns = time.monotonic_ns()
         self.samples_per_prompt = samples_per_prompt
@@ -235,7 +243,16 @@ class RequestTable:
 
     # -- the life of a generation ------------------------------------------------------------------------------------
 
-    def open(self, identifier: str, preview: str, *, prompts: int, n: int, streaming: bool) -> Generation:
+    def open(
+        self,
+        identifier: str,
+        preview: str,
+        *,
+        prompts: int,
+        n: int,
+        streaming: bool,
+        headers: Mapping[str, str] | None = None,
+    ) -> Generation:
         """Register a call that just arrived: ``n`` samples for each of its prompts.
 
         Raises
@@ -250,7 +267,7 @@ class RequestTable:
                 param="request_id",
             )
         preview = " ".join(preview[: 4 * _PREVIEW_LENGTH].split())[:_PREVIEW_LENGTH]
-        generation = Generation(identifier, preview, samples_per_prompt=n, streaming=streaming)
+        generation = Generation(identifier, preview, samples_per_prompt=n, streaming=streaming, headers=headers)
         choices = prompts * n
         for choice in range(choices):
             name = identifier if choices == 1 else f"{identifier}-{choice}"
@@ -381,14 +398,15 @@ class RequestTable:
                 continue  # cancelled, or ended by a stop string, while the step ran
             output = self._output(sample, index, token_id, finish)
             output.logprob, output.top = logprob, top
-            output.known_ns = time.monotonic_ns()
             outgoing.add(output)
             sample.generation.post(output)
             if not sample.generation.streaming:
                 at_once.append(output)
         outgoing.begin()
+        known_ns = time.monotonic_ns()
+        self._book.turned_into_text(received_ns, known_ns)
         for output in at_once:
-            output.sent(output.known_ns)
+            output.sent(known_ns)
 
     def _output(self, sample: Sample, index: int, token_id: int, finish: FinishReason | None) -> Output:
         assert sample.detokenizer is not None

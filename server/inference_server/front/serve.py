@@ -28,7 +28,7 @@ from inference_server import discovery
 from inference_server.discovery import ServerFile
 from inference_server.front.app import Front, create_app
 from inference_server.front.progress import EngineProgress
-from inference_server.front.settings import DEFAULT_PORT, Settings
+from inference_server.front.settings import DEFAULT_PORT, Settings, SettingsError
 from inference_server.lifetime import die_with_parent
 
 _GRACE_S = 3
@@ -61,6 +61,8 @@ def run(settings: Settings) -> None:
         try:
             progress = EngineProgress()
             front = Front(settings, progress.show)
+        except SettingsError as error:
+            raise ServeError(str(error)) from error
         except msgspec.ValidationError as error:
             raise ServeError(f"The settings are wrong: {error}.") from error
         server = _Server(

@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     device_sample_s: float = Field(default=1.0, gt=0)
     """Seconds between two samples of the hardware while there is work."""
 
+    otlp_endpoint: str | None = None
+    """OTLP collector over HTTP that gets a trace of each request, such as ``"http://127.0.0.1:4318"``."""
+
     slo_ttft_ms: float | None = Field(default=None, gt=0)
     """Objectives at the start; ``PUT /slo`` changes them."""
     slo_tpot_ms: float | None = Field(default=None, gt=0)

@@ -6,11 +6,20 @@ Nothing here is needed for an answer; what is done of it depends on the feature 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from inference_server.front.event_log import EventLog
 from inference_server.front.metrics import Metrics
-from inference_server.protocol import PARTS, FinishReason, Instrumentation, StepReport, StepWork, TokensEvent
+from inference_server.protocol import (
+    PARTS,
+    EngineEvent,
+    FinishReason,
+    Instrumentation,
+    StepReport,
+    StepWork,
+    TokensEvent,
+)
 from inference_server.recording.attribution import Attribution
 from inference_server.recording.work import with_work
 
@@ -36,6 +45,9 @@ class TokenBook:
         self.level: Instrumentation = "full"
         self.work: StepWork | None = None
         """Of the model that is served."""
+        self.on_end: Callable[[Sample], None] | None = None
+        """Gets every request that has ended, its last token sent."""
+        self._asleep_since_ns: int | None = None
         self.spent_ns = 0
         """What booking has cost so far, without the log's own part."""
 
@@ -53,6 +65,19 @@ class TokenBook:
         if report.kv_events is not None:
             self._log.append(report.kv_events)
         self.spent_ns += time.monotonic_ns() - begin - (self._log.spent_ns - logged)
+
+    def engine_event(self, event: EngineEvent) -> None:
+        """The engine changed state: while it sleeps, its requests stall."""
+        if event.state == "asleep":
+            self._asleep_since_ns = self._asleep_since_ns or event.at_ns
+        elif self._asleep_since_ns is not None:
+            self._attribution.add_pause(self._asleep_since_ns, event.at_ns)
+            self._asleep_since_ns = None
+
+    def turned_into_text(self, begin_ns: int, end_ns: int) -> None:
+        """The front was busy with a step's tokens; called before any of them is booked."""
+        if self.level == "full":
+            self._attribution.add_front_turn(begin_ns, end_ns)
 
     def tokens(self, step: StepTokens, tokens: list[SentToken]) -> None:
         """Book tokens that the clients have taken; moves each sample's clock on."""
@@ -81,7 +106,6 @@ class TokenBook:
                         submitted_ns=sample.submitted_ns if first else None,
                         started_ns=(leader.started_ns or sample.started_ns) if first else None,
                         received_ns=step.received_ns,
-                        known_ns=output.known_ns,
                     )
                 )
             sample.last_sent_ns = sent_ns
@@ -111,7 +135,11 @@ class TokenBook:
     def finished(self, sample: Sample) -> None:
         """The last token of a request was sent."""
         self._metrics.finished(sample)
+        if self.on_end is not None:
+            self.on_end(sample)
 
     def ended(self, sample: Sample, reason: FinishReason) -> None:
         """A request ended, however."""
         self._metrics.ended(sample, reason)
+        if self.on_end is not None and reason in {"cancelled", "error"}:
+            self.on_end(sample)

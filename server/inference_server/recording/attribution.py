@@ -31,6 +31,8 @@ from inference_server.protocol import PARTS, Kind, StepEvent
 ) = range(len(PARTS))
 
 _REMEMBERED_STEPS = 16_384
+_REMEMBERED_TURNS = 1024
+_REMEMBERED_PAUSES = 64
 _MEDIAN_OF = 15
 _OWN_PROMPT = (Kind.PREFILL, Kind.RECOMPUTE)
 
@@ -153,6 +155,16 @@ class Attribution:
         self._steps: deque[StepShares] = deque(maxlen=_REMEMBERED_STEPS)
         self._by_number: dict[int, StepShares] = {}
         self._count = 0
+        self._front_busy: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_TURNS)
+        self._pauses: deque[tuple[int, int]] = deque(maxlen=_REMEMBERED_PAUSES)
+
+    def add_front_turn(self, begin_ns: int, end_ns: int) -> None:
+        """Take in that the front turned the tokens of one step into text from ``begin_ns`` to ``end_ns``."""
+        self._front_busy.append((begin_ns, end_ns))
+
+    def add_pause(self, begin_ns: int, end_ns: int) -> None:
+        """Take in that the engine was asleep, holding its requests, from ``begin_ns`` to ``end_ns``."""
+        self._pauses.append((begin_ns, end_ns))
 
     def add_step(self, event: StepEvent) -> None:
         """Take in a step, before any of its tokens is asked for."""
@@ -174,7 +186,6 @@ class Attribution:
         submitted_ns: int | None,
         started_ns: int | None,
         received_ns: int,
-        known_ns: int,
     ) -> list[int]:
         """Split the latency ``sent_ns - low_ns`` of one token.
 
@@ -190,8 +201,6 @@ class Attribution:
             When the request went to the engine and when its first step began; ``None`` but for the first token.
         received_ns
             When the front began with the step's tokens.
-        known_ns
-            When the token's text was known.
 
         Returns
         -------
@@ -209,15 +218,22 @@ class Attribution:
             if started_ns is not None:
                 parts[QUEUE] = _overlap(low, sent_ns, low, started_ns)
                 low = max(low, started_ns)
+        begun = low
         own = self._by_number.get(step)
         if own is not None:
             self._add_steps(parts, own, request, leader, low, sent_ns)
             low = max(low, own.end)
-            parts[TRANSPORT] = _overlap(low, sent_ns, own.end, received_ns)
-        low = max(low, received_ns)
-        parts[DETOKENIZE] = _overlap(low, sent_ns, received_ns, known_ns)
-        parts[SEND] = _overlap(low, sent_ns, known_ns, sent_ns)
-        parts[UNEXPLAINED] = latency - sum(parts)
+        elif received_ns > low:
+            low = received_ns
+        if low < sent_ns:
+            self._add_way_out(parts, low, received_ns, sent_ns)
+        unexplained = latency - sum(parts)
+        for begin, end in self._pauses:
+            # The front hears of a wake a moment later than the engine goes on: never more than what is left.
+            paused = min(unexplained, _overlap(begun, sent_ns, begin, end))
+            parts[STALL] += paused
+            unexplained -= paused
+        parts[UNEXPLAINED] = unexplained
         return parts
 
     def _add_steps(self, parts: list[int], own: StepShares, request: int, leader: int, low: int, high: int) -> None:
@@ -237,6 +253,22 @@ class Attribution:
             else:
                 parts[STALL] += _overlap(low, high, shares.since, shares.end)
             place -= 1
+
+    def _add_way_out(self, parts: list[int], low: int, received: int, sent: int) -> None:
+        transport = _overlap(low, sent, low, received)
+        send = sent - low - transport
+        for begin, end in reversed(self._front_busy):
+            if end <= low:
+                break
+            before, after = (
+                _overlap(low, min(sent, received), begin, end),
+                _overlap(max(low, received), sent, begin, end),
+            )
+            transport -= before
+            send -= after
+            parts[DETOKENIZE] += before + after
+        parts[TRANSPORT] = transport
+        parts[SEND] = send
 
 
 def _overlap(low: int, high: int, begin: int, end: int) -> int:

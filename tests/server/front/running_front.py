@@ -27,7 +27,13 @@ T = TypeVar("T")
 class RunningFront:
     """``inference-workbench serve`` on a free port."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *options: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        *options: str,
+        program: tuple[str, ...] = ("-m", "inference_server.cli"),
+    ) -> None:
         self.folder = folder
         self.log = folder / "front.log"
         environment = {
@@ -40,7 +46,7 @@ class RunningFront:
             **environment,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "inference_server.cli", "serve", "--port", "0", *options],
+            [sys.executable, *program, "serve", "--port", "0", *options],
             env=environment,
             stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
@@ -112,8 +118,10 @@ def scripted_command(tokenizer: Path, behaviour: str, **options: object) -> str:
 
 
 @contextlib.contextmanager
-def running(folder: Path, environment: dict[str, str], *options: str) -> Iterator[RunningFront]:
-    front = RunningFront(folder, environment, *options)
+def running(
+    folder: Path, environment: dict[str, str], *options: str, **more: tuple[str, ...]
+) -> Iterator[RunningFront]:
+    front = RunningFront(folder, environment, *options, **more)
     try:
         yield front
     finally:

@@ -205,7 +205,7 @@ class ScriptedEngine:
             kv=KvUsage(total_blocks=10, used_blocks=1, cached_blocks=0, filled_slots=1, block_size=16),
         )
         self.steps += 1
-        self.say(StepReport(step=step, tokens=tokens, started=started))
+        self.say(StepReport(step=step, tokens=tokens, started=started, cached=[0] * len(started), begin_ns=begin))
 
     def misbehave(self) -> None:
         match self.options.behaviour:

@@ -6,11 +6,15 @@ process is started by the first request that needs it, and neither torch nor the
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inference_workbench.jupyter.front_process import FrontProcess
 
+RECORDINGS = "recordings"
+"""Folder of the server's recordings, in the Jupyter server's root: a double click there opens them."""
 PROXY_NAME = "inference-workbench"
 """Path segment under the Jupyter server's base URL."""
 
@@ -33,4 +37,12 @@ def _jupyter_server_extension_points() -> list[dict[str, Any]]:
 def _load_jupyter_server_extension(server_app: Any) -> None:
     from inference_workbench.jupyter.front_process import FrontProcess  # noqa: PLC0415
 
-    add_handlers(server_app.web_app, FrontProcess(log=server_app.log))
+    front = FrontProcess(log=server_app.log, recording_folder=_recording_folder(server_app))
+    add_handlers(server_app.web_app, front)
+
+
+def _recording_folder(server_app: Any) -> Path | None:
+    """Return the folder whose files JupyterLab's file browser shows as ``recordings``; none if it has no such files."""
+    root = getattr(server_app.contents_manager, "root_dir", None)
+    folder = Path(root) / RECORDINGS if root else None
+    return folder if folder is not None and os.access(folder if folder.exists() else folder.parent, os.W_OK) else None

@@ -41,10 +41,18 @@ class FrontProcess:
         Where to say that the process started or ended.
     command
         What to run, without ``serve --uds PATH``, which is appended.
+    recording_folder
+        Where the server puts its recordings, unless its user has said otherwise.
     """
 
-    def __init__(self, log: Logger | LoggerAdapter[Logger], command: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        log: Logger | LoggerAdapter[Logger],
+        command: tuple[str, ...] | None = None,
+        recording_folder: Path | None = None,
+    ) -> None:
         self._log = log
+        self._recording_folder = recording_folder
         self._command = command or (sys.executable, "-m", "inference_server.cli")
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
@@ -125,7 +133,12 @@ class FrontProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 pass_fds=(line.child_fd,),
-                env={**os.environ, **line.environment, "INFERENCE_WORKBENCH_TOKEN": self.token},
+                env={
+                    **self._preferences(),
+                    **os.environ,
+                    **line.environment,
+                    "INFERENCE_WORKBENCH_TOKEN": self.token,
+                },
             )
             self._lifeline = line
         self._reader = asyncio.create_task(self._read_output(process))
@@ -143,6 +156,12 @@ class FrontProcess:
                     f"Its last words: {self._tail()}"
                 )
             await asyncio.sleep(0.05)
+
+    def _preferences(self) -> dict[str, str]:
+        """Settings that the user's environment overrides."""
+        if self._recording_folder is None:
+            return {}
+        return {"INFERENCE_WORKBENCH_RECORDING_FOLDER": str(self._recording_folder)}
 
     def _why_it_ended(self, returncode: int) -> str:
         how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with exit status {returncode}"
