@@ -103,11 +103,15 @@ class EngineProcess:
         )
         self._progress("importing torch", None, "")
         # Imported here, after the threads have said hello: torch and transformers take seconds.
-        from inference_server.engine import calibration, loader  # noqa: PLC0415
-        from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
-        from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
-        from inference_server.engine.work import step_work  # noqa: PLC0415
-        from inference_server.models.errors import ModelError  # noqa: PLC0415
+        from inference_server.engine import lean_imports  # noqa: PLC0415
+
+        lean_imports.start_device(self.config.device)
+        with lean_imports.unused_hidden():
+            from inference_server.engine import calibration, loader  # noqa: PLC0415
+            from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+            from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
+            from inference_server.engine.work import step_work  # noqa: PLC0415
+            from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
             if loader.resolve_device(self.config.device).type == "cpu":
