@@ -1,6 +1,6 @@
 """Makes the imports of an engine short: what serving never uses stays out, and the GPU starts meanwhile.
 
-transformers imports scikit-learn (and with it SciPy, pandas and PyArrow), torchvision and more wherever they happen to be
+transformers imports scikit-learn (and with it SciPy, pandas and PyArrow), torchvision and more wherever they are
 installed, for models and metrics that a text server has not. Importing them takes longer than loading a small model.
 """
 
