@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                  # ours and transformers, both shapes
     python benchmarks/gpu.py --vllm-tree DIR --rounds 2       # and vLLM from a prepared tree of packages
-    python benchmarks/gpu.py --kernels                        # the matrix kernels alone: bytes, floor, share
+    python benchmarks/gpu.py --kernels                        # the kernels of batch 1 alone: bytes, floor, share
 
 Weights are random and built on the device, since speed does not depend on their values. Workloads: *single* is one
 request, 128 tokens in, 256 out, ms per token = (t(257) − t(1)) / 256, median of 3; *batch* is 256 requests at once,
@@ -111,32 +111,67 @@ def emit(**row: Any) -> None:
 
 
 class Sink:
-    """Takes reports as the engine process does: another thread encodes them. Off, they are dropped."""
+    """Takes reports as the engine process does: another thread encodes them."""
 
     def __init__(self) -> None:
         import msgspec
 
         self.bytes = 0
-        self.on = True
         self._encode = msgspec.msgpack.Encoder().encode
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
     def put(self, report: Any) -> None:
-        if self.on:
-            self._queue.put(report)
+        self._queue.put(report)
 
     def _run(self) -> None:
         while True:
             self.bytes += len(self._encode(self._queue.get()))
 
 
-def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None) -> None:
+PHASE = 25
+"""Steps between two changes of the telemetry."""
+
+
+def watched(engine: Any, serve: Callable[..., list[float]], seed: int) -> dict[str, Any]:
+    """What full telemetry costs a step: the same requests twice, on and off by turns of :data:`PHASE` steps.
+
+    Where the first run has it on the second has it off, so that every step is measured both ways, a moment apart from
+    others of its size. The interval is that of the mean over the phases, which are independent of one another.
+    """
+    times: list[list[float]] = []
+    for run in range(2):
+
+        def at_step(index: int, run: int = run) -> None:
+            if index % PHASE == 0:
+                on = (index // PHASE + run) % 2 == 0
+                engine.set_features(0, {"instrumentation": "full" if on else "off"})
+
+        engine.set_features(0, {"prefix_cache_read": False})
+        times.append(serve(work(seed=seed), at_step))
+    engine.set_features(0, {"instrumentation": "full", "prefix_cache_read": True})
+    phases = []
+    for begin in range(0, min(map(len, times)) - PHASE + 1, PHASE):
+        first, second = (sum(run[begin + 2 : begin + PHASE]) for run in times)
+        on, off = (first, second) if (begin // PHASE) % 2 == 0 else (second, first)
+        phases.append(on / off - 1)
+    # The runs differ a little as wholes: phases that the first had on and those that the second had on weigh the same.
+    pairs = [(a + b) / 2 for a, b in zip(phases[::2], phases[1::2], strict=False)]
+    mean = statistics.fmean(pairs)
+    half = 1.96 * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return {"overhead": mean, "low": mean - half, "high": mean + half, "pairs": len(pairs)}
+
+
+def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None, telemetry: int) -> None:
+    sys.path[:0] = [str(ROOT / "server")]
+    from inference_server.engine import lean_imports
+
+    lean_imports.start_device("cuda")
+    with lean_imports.unused_hidden():
+        from inference_server.engine import attention, loader
+        from inference_server.engine.core import Engine
     import torch
 
-    sys.path[:0] = [str(ROOT / "server")]
-    from inference_server.engine import attention, loader
-    from inference_server.engine.core import Engine
     from inference_server.models.locate import LocatedModel
     from inference_server.protocol import EngineConfig, SamplingParams, Submit
 
@@ -169,6 +204,23 @@ def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None
                     watch.append(report.step)
         return time.perf_counter() - begin
 
+    def serve_timed(requests: list[tuple[list[int], int]], at_step: Callable[[int], None]) -> list[float]:
+        """Serve, calling ``at_step`` before each step; return the time that each step took."""
+        times: list[float] = []
+        for handle, (tokens, count) in enumerate(requests):
+            sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+            engine.submit(Submit(requests=(handle,), prompt=tuple(tokens), sampling=sampling, arrival_ns=0))
+        before = time.perf_counter()
+        while engine.has_work():
+            at_step(len(times))
+            report, _ = engine.step()
+            if report is not None:
+                sink.put(report)
+                now = time.perf_counter()
+                times.append(now - before)
+                before = now
+        return times
+
     serve([(prompt(0), 1)])
     emit(what="first token", s=time.perf_counter() - START)
     serve([(prompt(1), 64)])
@@ -196,34 +248,32 @@ def run_ours(shape: str, rounds: int, features: dict[str, Any], only: str | None
                 path=late[-1].path,
             )
         if only != "single":
-            for telemetry in (True, False) if turn % 2 == 0 else (False, True):
-                sink.on = telemetry
-                steps = []
-                requests = work(seed=2 * turn + telemetry)
-                s = serve(requests, steps)
-                count = sum(length for _, length in requests)
-                device = sum(step.device_ns or 0 for step in steps) / 1e9
-                mixed = [step for step in steps if max(step.scheduled) > 1]
-                emit(
-                    what="batch",
-                    telemetry=telemetry,
-                    tok_s=count / s,
-                    s=s,
-                    device_s=device,
-                    mixed_s=sum(step.device_ns or 0 for step in mixed) / 1e9,
-                    steps=len(steps),
-                    mixed=len(mixed),
-                    schedule_s=sum(step.schedule_ns for step in steps) / 1e9,
-                    prepare_s=sum(step.prepare_ns for step in steps) / 1e9,
-                    forward_s=sum(step.forward_ns for step in steps) / 1e9,
-                    sample_s=sum(step.sample_ns for step in steps) / 1e9,
-                    update_s=sum(step.update_ns for step in steps) / 1e9,
-                )
-            sink.on = True
+            steps = []
+            requests = work(seed=turn)
+            s = serve(requests, steps)
+            count = sum(length for _, length in requests)
+            mixed = [step for step in steps if max(step.scheduled) > 1]
+            emit(
+                what="batch",
+                tok_s=count / s,
+                s=s,
+                device_s=sum(step.device_ns or 0 for step in steps) / 1e9,
+                mixed_s=sum(step.device_ns or 0 for step in mixed) / 1e9,
+                steps=len(steps),
+                mixed=len(mixed),
+                schedule_s=sum(step.schedule_ns for step in steps) / 1e9,
+                prepare_s=sum(step.prepare_ns for step in steps) / 1e9,
+                forward_s=sum(step.forward_ns for step in steps) / 1e9,
+                sample_s=sum(step.sample_ns for step in steps) / 1e9,
+                update_s=sum(step.update_ns for step in steps) / 1e9,
+            )
+    if only != "single":
+        for pair in range(telemetry):
+            emit(what="telemetry", **watched(engine, serve_timed, seed=50 + pair))
     emit(what="memory", GiB=torch.cuda.max_memory_allocated() / 2**30)
 
 
-def run_transformers(shape: str, rounds: int) -> None:
+def run_transformers(shape: str, rounds: int, only: str | None, *, continuous: bool) -> None:
     import torch
 
     model = build(shape, "sdpa")
@@ -236,12 +286,40 @@ def run_transformers(shape: str, rounds: int) -> None:
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    for mode, options in (("eager", {}), ("static cache, compiled", {"cache_implementation": "static"})):
+    if continuous and only != "single":
+        run_continuous(model)
+    modes = (("eager", {}), ("static cache, compiled", {"cache_implementation": "static"}))
+    for mode, options in modes if only != "batch" else ():
         generate(32, **options)
         generate(ANSWER, **options)
         for _ in range(rounds):
             each = [(generate(ANSWER, **options) - generate(1, **options)) / (ANSWER - 1) for _ in range(3)]
             emit(what="single", mode=mode, ms=1e3 * statistics.median(each), spread=1e3 * (max(each) - min(each)))
+
+
+def run_continuous(model: Any, patience: float = 60.0) -> None:
+    """transformers' continuous batching on the batch workload, given up after ``patience`` seconds."""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    generation = GenerationConfig(max_new_tokens=1024, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(max_memory_percent=0.8)
+    requests = work(seed=0)
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=batching
+    ) as manager:
+        begin = time.perf_counter()
+        for index, (tokens, count) in enumerate(requests):
+            manager.add_request(tokens, request_id=f"r{index}", max_new_tokens=count)
+        done = produced = 0
+        while done < len(requests) and time.perf_counter() - begin < patience:
+            result = manager.get_result(timeout=5)
+            if result is not None and result.is_finished():
+                done += 1
+                produced += len(result.generated_tokens)
+        s = time.perf_counter() - begin
+    if done:
+        emit(what="batch", mode="continuous batching", tok_s=produced / s, s=s, requests=done)
 
 
 def run_vllm(shape: str, rounds: int, only: str | None) -> None:
@@ -508,19 +586,19 @@ def report(shape: str, results: dict[str, list[dict[str, Any]]], device: dict[st
             more = {"mode": mode} if mode else {}
             add(name, "single", "ms_per_token", "ms", single, **more)
             add(name, "single", "floor_fraction", "1", [floor / each for each in single], **more)
-        batch = {
-            on: [row["tok_s"] for row in found if row["what"] == "batch" and row.get("telemetry", True) is on]
-            for on in (True, False)
-        }
-        add(name, "batch", "tokens_per_s", "1/s", batch[True])
-        add(
-            name,
-            "batch",
-            "telemetry_overhead_fraction",
-            "1",
-            [off / on - 1 for on, off in zip(batch[True], batch[False], strict=False)],
-        )
-        add(name, "single", "start_to_first_token_s", "s", [r["s"] for r in found if r["what"] == "first token"])
+        for mode in sorted({row.get("mode", "") for row in found if row["what"] == "batch"}):
+            batch = [row["tok_s"] for row in found if row["what"] == "batch" and row.get("mode", "") == mode]
+            add(name, "batch", "tokens_per_s", "1/s", batch, **({"mode": mode} if mode else {}))
+        for row in found:
+            if row["what"] == "telemetry":
+                interval = {"low": row["low"], "high": row["high"], "pairs": row["pairs"]}
+                add(name, "batch", "telemetry_overhead_fraction", "1", [row["overhead"]], **interval)
+        for what, metric in (
+            ("imported", "start_to_imported_s"),
+            ("first token", "start_to_first_token_s"),
+            ("full speed", "start_to_full_speed_s"),
+        ):
+            add(name, "single", metric, "s", [row["s"] for row in found if row["what"] == what])
     return rows
 
 
@@ -529,6 +607,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: both")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each workload by each subject")
     parser.add_argument("--only", choices=("single", "batch"))
+    parser.add_argument("--telemetry", type=int, default=1, help="pairs of runs with telemetry on and off by turns")
+    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching too: minutes")
     parser.add_argument("--features", default="{}", help="feature values of ours, as JSON")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--vllm-tree", help="folder of packages with vLLM")
@@ -539,9 +619,10 @@ def main() -> None:
     if options.subject == "device":
         return run_device()
     if options.subject == "ours":
-        return run_ours(shapes[0], options.rounds, json.loads(options.features), options.only)
+        features = json.loads(options.features)
+        return run_ours(shapes[0], options.rounds, features, options.only, options.telemetry)
     if options.subject == "transformers":
-        return run_transformers(shapes[0], options.rounds)
+        return run_transformers(shapes[0], options.rounds, options.only, continuous=options.continuous)
     if options.subject == "vllm":
         return run_vllm(shapes[0], options.rounds, options.only)
     if options.kernels:
@@ -555,14 +636,15 @@ def main() -> None:
 
     every: list[dict[str, Any]] = []
     for shape in shapes:
-        arguments = ["--shape", shape, "--rounds", str(options.rounds)]
+        arguments = ["--shape", shape, "--rounds", str(options.rounds), "--telemetry", str(options.telemetry)]
         if options.only:
             arguments += ["--only", options.only]
         results = {"ours": subject("--subject", "ours", *arguments, "--features", options.features)}
         if options.vllm_tree:
             results["vllm"] = subject("--subject", "vllm", *arguments, tree=options.vllm_tree)
-        if not options.no_transformers and options.only != "batch":
-            results["transformers"] = subject("--subject", "transformers", *arguments)
+        if not options.no_transformers and (options.only != "batch" or options.continuous):
+            more = ["--continuous"] if options.continuous else []
+            results["transformers"] = subject("--subject", "transformers", *arguments, *more)
         every += report(shape, results, device)
     for row in every:
         print(f"{row['shape']:8} {row['workload']:7} {row['subject']:13} {row.get('mode', ''):24} "

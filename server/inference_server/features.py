@@ -39,6 +39,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     fast_path: bool = True
     cuda_graphs: bool = True
     overlap: bool = True
+    compiled: bool = False
     instrumentation: str = "full"
 
     def as_dict(self) -> dict[str, FeatureValue]:
@@ -199,6 +200,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         description=(
             "Replay a decode step of the fast path as one recorded graph. Off, its kernels are launched one by one, "
             "and a small model waits for the host. Graphs are recorded when a batch size is first met."
+        ),
+    ),
+    FeatureSpec(
+        name="compiled",
+        title="torch.compile",
+        group="Compute",
+        kind="bool",
+        default=False,
+        cost="prebuilt",
+        description=(
+            "Run transformers' own modules through torch.compile: fused operations, fewer launches. Switched on for "
+            "the first time it compiles for up to some minutes while the model serves uncompiled. The fast path goes "
+            "first: switch it off to see this one."
         ),
     ),
     FeatureSpec(

@@ -504,6 +504,17 @@ class Notice(Message, frozen=True, tag="notice"):
     text: str
 
 
+class TaskProgress(Message, frozen=True, tag="task_progress"):
+    """How far something is that the engine does beside serving, such as compiling the model.
+
+    ``fraction`` is in [0, 1], ``None`` where it cannot be known; at 1 it is over, and ``detail`` says how it ended.
+    """
+
+    name: str
+    fraction: float | None
+    detail: str = ""
+
+
 class Pong(Message, frozen=True, tag="pong"):
     """The engine's clock at the moment it read a :class:`Ping`."""
 
@@ -545,6 +556,7 @@ FromEngine = (
     | CommandDone
     | CommandFailed
     | Notice
+    | TaskProgress
     | Pong
     | Heartbeat
 )
@@ -663,6 +675,15 @@ class NoticeEvent(Message, frozen=True, tag="notice_event"):
     text: str
 
 
+class TaskEvent(Message, frozen=True, tag="task"):
+    """How far something is that the engine does beside serving; see :class:`TaskProgress`."""
+
+    name: str
+    fraction: float | None
+    detail: str
+    at_ns: int
+
+
 class DeviceEvent(Message, frozen=True, tag="device", kw_only=True):
     """The hardware, sampled about once a second. What a machine does not tell is ``None``."""
 
@@ -759,6 +780,7 @@ Event = (
     | CeilingsEvent
     | TrafficEvent
     | NoticeEvent
+    | TaskEvent
 )
 
 

@@ -9,6 +9,7 @@ This is the reference backend: it gathers each request's blocks and calls scaled
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -115,13 +116,17 @@ class StepContext:
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
 
-_context: StepContext | None = None
+class _PerThread(threading.local):
+    context: StepContext | None = None
+
+
+_per_thread = _PerThread()
+"""transformers gives attention functions no other way to reach per-step state; a model may run in several threads."""
 
 
 def set_context(context: StepContext | None) -> None:
     """Announce the step that the next forward pass computes."""
-    global _context  # noqa: PLW0603 - transformers gives attention functions no other way to reach per-step state
-    _context = context
+    _per_thread.context = context
 
 
 def paged_attention(
@@ -154,9 +159,9 @@ def paged_attention(
     tuple
         ``[1, total_tokens, num_heads, value_dim]`` and ``None``.
     """
-    if _context is None:
+    if _per_thread.context is None:
         raise RuntimeError("paged attention was called outside a step of the engine")
-    context = _context
+    context = _per_thread.context
     begin = time.monotonic_ns()
     context.calls += 1
     sinks: Tensor | None = kwargs.get("s_aux")
@@ -264,3 +269,9 @@ def slots_of(blocks: list[int], length: int, block_size: int) -> NDArray[np.int6
 
 
 AttentionInterface.register(NAME, paged_attention)
+
+
+def keep_out_of_compilation() -> None:
+    """Have ``torch.compile`` call attention instead of compiling it: what it does depends on the step's plan."""
+    disabled: Any = torch.compiler.disable(paged_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(NAME, disabled)

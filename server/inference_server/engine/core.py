@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import secrets
 import time
 from collections import deque
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from inference_server import features as feature_rules
-from inference_server.engine import loader, sampler
+from inference_server.engine import compiled, loader, sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
@@ -49,6 +50,7 @@ from inference_server.protocol import (
     StepEvent,
     StepReport,
     Submit,
+    TaskProgress,
 )
 
 if TYPE_CHECKING:  # importing it compiles the kernels
@@ -192,6 +194,9 @@ class Engine:
                 self.fast = fast_path.start(loaded.model, self.runner, longest, compilation=compilation)
         except UnsupportedError as error:
             unavailable["fast_path"] = f"The fast path cannot run this model: {error}."
+        no_compiler = compiled.unavailable_reason(loaded.device)
+        if no_compiler is not None:
+            unavailable["compiled"] = no_compiler
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
@@ -229,6 +234,9 @@ class Engine:
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
         self._news: list[Notice | RequestFailed] = []
+        self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
+        self._compilation: compiled.Compilation | None = None
+        self._compile_where_asked()
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress) -> Engine:
@@ -443,9 +451,12 @@ class Engine:
             return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
 
-    def take_news(self) -> list[Notice | RequestFailed]:
+    def take_news(self) -> list[Notice | RequestFailed | TaskProgress]:
         """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
-        news, self._news = self._news, []
+        news: list[Notice | RequestFailed | TaskProgress] = [*self._news]
+        self._news.clear()
+        while not self._progress.empty():
+            news.append(self._progress.get())
         return news
 
     # -- sleep ---------------------------------------------------------------------------------------------------------
@@ -462,6 +473,8 @@ class Engine:
         """
         if self.asleep:
             raise SleepError("The engine is asleep already; wake it to use it.")
+        if self._compilation is not None and self._compilation.running:
+            raise SleepError("The model is being compiled, which needs its weights; let the engine sleep after that.")
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
@@ -510,6 +523,7 @@ class Engine:
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
+        self._compile_where_asked()
         if "instrumentation" in names:
             self.cache.pool.events = [] if after.instrumentation == "full" else None
         self.epoch += bool(names)
@@ -577,7 +591,17 @@ class Engine:
         return report, settled
 
     def _runner(self, features: Features) -> Runner:
-        return self.fast if self.fast is not None and features.fast_path else self.runner
+        if self.fast is not None and features.fast_path:
+            return self.fast
+        if features.compiled and self._compilation is not None and self._compilation.runner is not None:
+            return self._compilation.runner
+        return self.runner
+
+    def _compile_where_asked(self) -> None:
+        """Begin to compile the model when that is first asked for, or again after it failed."""
+        if self.features.compiled and (self._compilation is None or self._compilation.failed):
+            self._compilation = compiled.Compilation(self.runner, self.loaded.kv_shapes, self._progress.put)
+            self._compilation.start()
 
     def _may_look_ahead(self, flight: _Flight) -> bool:
         """Whether the step after ``flight`` can be launched before the tokens of ``flight`` are known."""
@@ -630,7 +654,7 @@ class Engine:
             plan=plan,
             features=features,
             epoch=self.epoch,
-            fast=runner is not self.runner,
+            fast=runner is self.fast,
             path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
             logits=logits,
             greedy=runner.greedy,
@@ -734,7 +758,8 @@ class Engine:
             return None
         plan = flight.plan
         running, waiting, usage = flight.after or self._occupancy()
-        attention_ns = None if flight.fast else self.runner.attention_ns
+        slow = self._runner(flight.features)
+        attention_ns = slow.attention_ns if isinstance(slow, ModelRunner) and not flight.fast else None
         return StepEvent(
             step=plan.step,
             epoch=flight.epoch,

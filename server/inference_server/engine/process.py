@@ -103,10 +103,14 @@ class EngineProcess:
         )
         self._progress("importing torch", None, "")
         # Imported here, after the threads have said hello: torch and transformers take seconds.
-        from inference_server.engine import calibration, loader  # noqa: PLC0415
-        from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
-        from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
-        from inference_server.models.errors import ModelError  # noqa: PLC0415
+        from inference_server.engine import lean_imports  # noqa: PLC0415
+
+        lean_imports.start_device(self.config.device)
+        with lean_imports.unused_hidden():
+            from inference_server.engine import calibration, loader  # noqa: PLC0415
+            from inference_server.engine.core import Engine, RequestError  # noqa: PLC0415
+            from inference_server.engine.sleeping import SleepError  # noqa: PLC0415
+            from inference_server.models.errors import ModelError  # noqa: PLC0415
 
         try:
             if loader.resolve_device(self.config.device).type == "cpu":
@@ -193,6 +197,8 @@ class EngineProcess:
                         return self._close(0)
                     case Ping():
                         pass  # answered by the receiver thread, which is never busy
+            for told in engine.take_news():
+                self._emit(told)
             if not engine.has_work():
                 if not commands and not engine.asleep:  # it would take memory that was given back
                     self._advance_calibration()

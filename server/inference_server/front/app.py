@@ -55,6 +55,7 @@ from inference_server.protocol import (
     ServerInfo,
     StepReport,
     StepWork,
+    TaskEvent,
 )
 from inference_server.version import distribution_version
 
@@ -193,6 +194,10 @@ class Front:
     def work_changed(self, work: StepWork) -> None:
         """Count the bytes and operations of later steps by it."""
         self.book.work = work
+
+    def task(self, event: TaskEvent) -> None:
+        """Log how far the engine is with something it does beside serving."""
+        self.log.append(event)
 
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""

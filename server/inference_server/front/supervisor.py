@@ -55,6 +55,8 @@ from inference_server.protocol import (
     Sleep,
     StepReport,
     StepWork,
+    TaskEvent,
+    TaskProgress,
     ToEngine,
     Wake,
 )
@@ -118,6 +120,9 @@ class Listener(Protocol):
 
     def work_changed(self, work: StepWork) -> None:
         """Later steps have to read and compute as much as this says."""
+
+    def task(self, event: TaskEvent) -> None:
+        """The engine does something beside serving, and progressed with it."""
 
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
@@ -514,6 +519,8 @@ class EngineSupervisor:
                 self._resolve(message.correlation, message)
             case CommandFailed():
                 self._reject(message)
+            case TaskProgress(name, fraction, detail):
+                self._listener.task(TaskEvent(name, fraction, detail, time.monotonic_ns()))
             case Notice(severity, text):
                 self._listener.notice(NoticeEvent(severity, time.monotonic_ns(), text))
             case Hello():

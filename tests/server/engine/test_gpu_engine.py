@@ -41,8 +41,10 @@ def test_bfloat16_logits_are_near_those_of_float32_on_the_cpu(name: str) -> None
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         own = model(input_ids=torch.tensor([tokens], device=DEVICE)).logits[0, [49, 58, 59]].double().cpu()
-    # Some architectures (experts, soft caps) are further off in bfloat16 by themselves.
-    allowed = max(1e-2, 1.3 * float((own - expected).norm() / expected.norm()))
+    # transformers' modules round the residual stream to bfloat16 after every block, which alone exceeds 1e-2 in some
+    # architectures (experts, soft caps, norms behind the blocks); the fast path keeps it in float32 and must not.
+    reference = float((own - expected).norm() / expected.norm())
+    allowed = max(1e-2, 1.2 * reference)
     engine = engine_for(model)
     assert (engine.gpu is not None) == (name in FAMILY)
     request = Request(handle=0, prompt_len=60, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0)
@@ -53,8 +55,9 @@ def test_bfloat16_logits_are_near_those_of_float32_on_the_cpu(name: str) -> None
             plan = StepPlan(number, [Scheduled(request, start, count, Kind.PREFILL, sample=True)], use_cache=True)
             got.append(runner.forward(plan, runner.prepare(plan))[0].double().cpu())
         difference = float((torch.stack(got) - expected).norm() / expected.norm())
-        print(f"{name:15} {runner.label:20} {difference:.4f}, allowed {allowed:.4f}")
-        assert difference <= allowed, f"{name}, {runner.label}: {difference:.4f} > {allowed:.4f}"
+        limit = 1e-2 if runner is engine.gpu else allowed
+        print(f"LOGITS {name:15} {runner.label:20} {difference:.4f}, transformers itself {reference:.4f}")
+        assert difference <= limit, f"{name}, {runner.label}: {difference:.4f} > {limit:.4f}"
 
 
 @pytest.mark.parametrize("name", FAMILY)
