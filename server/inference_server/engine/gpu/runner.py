@@ -185,9 +185,13 @@ class GpuRunner:
         with kernels.compiling():
             for bucket in {BUCKETS[0], self._rows}:
                 self._decode(bucket)
-            rows, kept, tiles = 4, [0], 1
-            inputs = torch.zeros(3 * rows + 2 * _aligned(1) + 4 * tiles, dtype=torch.int32, device=self.device)
-            self._mixed_step(PackedStep(0, len(inputs), rows, 0, kept, 0, tiles, 0), inputs)
+            # Steps of prompts alone, and beside as many single positions as take other tiles each.
+            beside = [singles for singles in (0, MIXED_DECODE_ROWS, 128) if singles < self._rows]
+            for singles in beside:
+                rows, kept, tiles = singles + 4, [0], 1
+                length = 3 * _aligned(rows) + 2 * _aligned(1) + 4 * tiles + _aligned(singles)
+                inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
+                self._mixed_step(PackedStep(0, length, rows, 0, kept, singles, tiles, 0), inputs)
             kernels.scatter(self._tables, inputs[:1], inputs[4:5])
 
     def compile_ahead(self) -> None:
