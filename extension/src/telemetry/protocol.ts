@@ -300,6 +300,15 @@ export interface TrafficEvent {
   message: string;
 }
 
+/** How far something is that the engine does beside serving, such as compiling the model; over at fraction 1. */
+export interface TaskEvent {
+  t: 'task';
+  name: string;
+  fraction: number | null;
+  detail: string;
+  at_ns: number;
+}
+
 /** Something a person should know that ends no request. */
 export interface NoticeEvent {
   t: 'notice_event';
@@ -320,7 +329,8 @@ export type TelemetryEvent =
   | RecordingEvent
   | TelemetryCostEvent
   | CeilingsEvent
-  | TrafficEvent;
+  | TrafficEvent
+  | TaskEvent;
 
 export interface ServerInfo {
   version: string;

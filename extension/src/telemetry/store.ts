@@ -23,6 +23,7 @@ import type {
   StepEvent,
   TelemetryCostEvent,
   TelemetryEvent,
+  TaskEvent,
   TokensEvent,
   TrafficEvent
 } from './protocol';
@@ -163,6 +164,8 @@ export class TelemetryStore {
   /** Recordings that are being made or that ended lately, by id, oldest first. */
   /** What the server's own load generator does, or did last. */
   traffic: TrafficEvent | null = null;
+  /** What the engine does beside serving, by name, until it is over. */
+  readonly tasks = new Map<string, TaskEvent>();
   readonly recordings = new Map<string, RecordingEvent>();
   /** Switches since the page connected, by epoch. */
   readonly epochs = new Map<number, FeaturesEvent>();
@@ -216,6 +219,7 @@ export class TelemetryStore {
     this.specs = snapshot.specs;
     this.features = snapshot.features;
     this.ceilings = snapshot.ceilings ?? null;
+    this.tasks.clear();
     this.traffic = snapshot.traffic ?? null;
     this.recordings.clear();
     for (const event of snapshot.recordings ?? []) {
@@ -399,6 +403,16 @@ export class TelemetryStore {
       case 'engine':
         this.takeEngine(event, live);
         break;
+      case 'task':
+        if (event.fraction === 1) {
+          this.tasks.delete(event.name);
+          if (live) {
+            this.tell({ kind: 'engine', atNs: event.at_ns, text: `${event.name}: ${event.detail}` });
+          }
+        } else {
+          this.tasks.set(event.name, event);
+        }
+        break;
       case 'traffic':
         this.traffic = event;
         break;
@@ -527,6 +541,7 @@ export class TelemetryStore {
       this.failure = event;
     }
     if (event.state === 'starting' || event.state === 'restarting') {
+      this.tasks.clear();
       this.waitingForStep.clear();
     }
     if (live && before?.state !== event.state) {

@@ -141,6 +141,11 @@ export class StatusBar implements View {
       level = 'good';
       text = trans.__('Ready');
       reason = store.failure ? trans.__('Back again after: %1', firstSentence(store.failure.message)) : '';
+      const task = [...store.tasks.values()].at(-1);
+      if (task) {
+        fraction = task.fraction;
+        reason = [reason, `${task.name}: ${task.detail}`].filter(Boolean).join(' · ');
+      }
     } else if (engine.state === 'loading' || engine.state === 'starting') {
       level = 'busy';
       fraction = engine.fraction;
