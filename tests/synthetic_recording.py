@@ -186,7 +186,7 @@ def write_recording(
                 before_ns=begin - now,
             )
         )  # fmt: skip
-        journal.add(KvEvents(step=step, op=[0], block=[step % BLOCKS]))
+        journal.add(KvEvents(step=step, op=[0], block=[step % BLOCKS], request=[1]))
         sent = [end + draw.randrange(60_000, 300_000) for _ in running]
         since = [request.arrival_ns if request.made == 0 else request.last_ns for request in running]
         latency = [at - before for at, before in zip(sent, since, strict=True)]

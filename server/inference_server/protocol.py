@@ -77,7 +77,12 @@ class KvOp(IntEnum):
     FREE = 4
     """The last reference went; it is cached if it has a hash, else free."""
     COPY = 5
-    """Copy on write: a shared, partly filled block was duplicated for the request that writes on."""
+    """Copy on write: this newly allocated block takes the place of a shared, partly filled one in its request's block
+    table; the shared one is released next."""
+    RELEASE = 6
+    """One of several references went."""
+    RESET = 7
+    """The cache is empty and has as many blocks as the field ``block`` says: a new engine, or a new layout."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=False, tag_field="t"):
@@ -416,13 +421,23 @@ class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
     finish: list[FinishReason | None]
 
 
+NOBODY = -1
+"""In place of a request's handle: the operation was not done for one."""
+
+
 class KvEvents(Message, frozen=True, tag="kv", kw_only=True):
-    """What happened to KV blocks in one step, columnar, in order."""
+    """What happened to KV blocks in one step, columnar, in order.
+
+    Whoever applies every operation since the last :attr:`KvOp.RESET` knows each block's state and each request's block
+    table: ``ALLOCATE`` and ``SHARE`` append to it, ``COPY`` replaces in it.
+    """
 
     step: int
     op: list[int]
     """:class:`KvOp`, as a number."""
     block: list[int]
+    request: list[int]
+    """Handle of the request whose block table changed; :data:`NOBODY` where none did."""
 
 
 class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
@@ -548,6 +563,7 @@ FromEngine = (
     | Ready
     | LoadFailed
     | StepReport
+    | KvEvents
     | RequestFailed
     | RequestCancelled
     | FeaturesApplied
@@ -816,6 +832,8 @@ class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """Of the loaded model's device and dtype, once measured."""
     traffic: TrafficEvent | None = None
     """What the load generator does, or did last."""
+    kv: KvEvents | None = None
+    """Operations that lead from nothing to the KV cache as it is now; ``None`` while no block is logged."""
 
 
 class Frame(Message, frozen=True, tag="frame", kw_only=True):

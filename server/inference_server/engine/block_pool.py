@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from inference_server.protocol import KvOp, KvUsage
+from inference_server.protocol import NOBODY, KvOp, KvUsage
 
 ROOT_HASH = b""
 
@@ -47,8 +47,9 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.filled = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
-        self.events: list[tuple[KvOp, int]] | None = None
-        """Log of what happened, drained by the engine each step; ``None`` while nobody listens."""
+        self.events: list[tuple[KvOp, int, int]] | None = None
+        """Log of what happened, as (operation, block, request), drained by the engine each step; ``None`` while nobody
+        listens. See :meth:`listen`."""
         self._free: dict[int, None] = dict.fromkeys(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._by_hash: dict[bytes, int] = {}
@@ -86,8 +87,31 @@ class BlockPool:
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
-    def allocate(self) -> int:
-        """Take one block, evicting the least recently used cached one if no block is free.
+    def listen(self, tables: Iterable[tuple[int, Sequence[int]]] = ()) -> None:
+        """Begin the log of events, with those that lead from an empty cache to what is held now.
+
+        Parameters
+        ----------
+        tables
+            Handle and block table of each request that holds blocks.
+        """
+        self.events = []
+        self._log(KvOp.RESET, self.num_blocks, NOBODY)
+        taken: set[int] = set()
+        for holder, blocks in tables:
+            for block in blocks:
+                self._log(KvOp.SHARE if block in taken else KvOp.ALLOCATE, block, holder)
+                taken.add(block)
+        for block in self._cached:
+            self._log(KvOp.ALLOCATE, block, NOBODY)
+        for block, digest in enumerate(self.hashes):
+            if digest is not None:
+                self._log(KvOp.HASH, block, NOBODY)
+        for block in self._cached:
+            self._log(KvOp.FREE, block, NOBODY)
+
+    def allocate(self, holder: int = NOBODY) -> int:
+        """Take one block for the request ``holder``, evicting the least recently used cached one if no block is free.
 
         Raises
         ------
@@ -101,10 +125,10 @@ class BlockPool:
             self._forget_hash(block, evicted=True)
         else:
             raise MemoryError("every KV block is in use")
-        self._take(block)
+        self._take(block, holder)
         return block
 
-    def allocate_run(self, length: int) -> list[int] | None:
+    def allocate_run(self, length: int, holder: int = NOBODY) -> list[int] | None:
         """Take ``length`` neighbouring blocks (first fit), or return ``None`` where there is no such gap."""
         run = 0
         for block, count in enumerate(self.references):
@@ -117,7 +141,7 @@ class BlockPool:
                         self._forget_hash(each, evicted=True)
                     else:
                         del self._free[each]
-                    self._take(each)
+                    self._take(each, holder)
                 return blocks
         return None
 
@@ -125,20 +149,21 @@ class BlockPool:
         """Block that holds the prefix ``digest``, used or cached, or ``None``."""
         return self._by_hash.get(digest)
 
-    def share(self, block: int) -> None:
-        """Add a reference to a used or cached block."""
+    def share(self, block: int, holder: int = NOBODY) -> None:
+        """Add a reference of the request ``holder`` to a used or cached block."""
         if self.references[block] == 0:
             del self._cached[block]
             self._filled_used += self.filled[block]
         self.references[block] += 1
-        self._log(KvOp.SHARE, block)
+        self._log(KvOp.SHARE, block, holder)
 
-    def release(self, block: int) -> None:
-        """Drop a reference; the block becomes cached (if findable) or free when it was the last."""
+    def release(self, block: int, holder: int = NOBODY) -> None:
+        """Drop the reference of ``holder``; the block becomes cached (if findable) or free when it was the last."""
         if self.references[block] <= 0:
             raise AssertionError(f"KV block {block} was released more often than it was taken")
         self.references[block] -= 1
         if self.references[block]:
+            self._log(KvOp.RELEASE, block, holder)
             return
         self._filled_used -= self.filled[block]
         if self.hashes[block] is None:
@@ -146,7 +171,7 @@ class BlockPool:
             self._free[block] = None
         else:
             self._cached[block] = None
-        self._log(KvOp.FREE, block)
+        self._log(KvOp.FREE, block, holder)
 
     def fill(self, block: int, slots: int) -> None:
         """Record that the first ``slots`` positions of a used block hold keys and values (never fewer than before)."""
@@ -159,17 +184,17 @@ class BlockPool:
         if self.hashes[block] is None and digest not in self._by_hash:
             self.hashes[block] = digest
             self._by_hash[digest] = block
-            self._log(KvOp.HASH, block)
+            self._log(KvOp.HASH, block, NOBODY)
 
-    def log(self, op: KvOp, block: int) -> None:
+    def log(self, op: KvOp, block: int, holder: int) -> None:
         """Record an operation that a caller performed on a block."""
-        self._log(op, block)
+        self._log(op, block, holder)
 
     def forget_cached(self) -> int:
         """Give up every cached block and the findability of the used ones; return how many blocks were freed."""
         count = len(self._cached)
         for block in self._cached:
-            self._log(KvOp.EVICT, block)
+            self._log(KvOp.EVICT, block, NOBODY)
             self.filled[block] = 0
             self._free[block] = None
         self._cached.clear()
@@ -211,10 +236,10 @@ class BlockPool:
 
     # -- private -------------------------------------------------------------------------------------------------------
 
-    def _take(self, block: int) -> None:
+    def _take(self, block: int, holder: int) -> None:
         self.references[block] = 1
         self.filled[block] = 0
-        self._log(KvOp.ALLOCATE, block)
+        self._log(KvOp.ALLOCATE, block, holder)
 
     def _forget_hash(self, block: int, *, evicted: bool) -> None:
         digest = self.hashes[block]
@@ -222,8 +247,8 @@ class BlockPool:
             del self._by_hash[digest]
             self.hashes[block] = None
         if evicted:
-            self._log(KvOp.EVICT, block)
+            self._log(KvOp.EVICT, block, NOBODY)
 
-    def _log(self, op: KvOp, block: int) -> None:
+    def _log(self, op: KvOp, block: int, holder: int) -> None:
         if self.events is not None:
-            self.events.append((op, block))
+            self.events.append((op, block, holder))

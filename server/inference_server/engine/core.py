@@ -93,7 +93,7 @@ class _Flight:
     greedy: Tokens | None
     sampling: list[Request]
     """One for each token to choose."""
-    kv_events: list[tuple[KvOp, int]]
+    kv_events: list[tuple[KvOp, int, int]]
     booked: bool = False
     """The scheduler knows what the step computes; only its tokens are missing."""
     after: tuple[int, int, KvUsage] | None = None
@@ -269,7 +269,8 @@ class Engine:
         host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
-        cache.pool.events = [] if features.instrumentation == "full" else None
+        if features.instrumentation == "full":
+            cache.pool.listen()
         return cache
 
     # -- what is served ------------------------------------------------------------------------------------------------
@@ -451,10 +452,12 @@ class Engine:
             return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
 
-    def take_news(self) -> list[Notice | RequestFailed | TaskProgress]:
+    def take_news(self) -> list[Notice | RequestFailed | TaskProgress | KvEvents]:
         """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
-        news: list[Notice | RequestFailed | TaskProgress] = [*self._news]
+        news: list[Notice | RequestFailed | TaskProgress | KvEvents] = [*self._news]
         self._news.clear()
+        if not self.has_work() and (kv := _kv_events(self.scheduler.step, self._take_kv_events())):
+            news.append(kv)  # no step will come to report them: after a cancellation, or a switch of the layout
         while not self._progress.empty():
             news.append(self._progress.get())
         return news
@@ -525,7 +528,10 @@ class Engine:
         self.features = after
         self._compile_where_asked()
         if "instrumentation" in names:
-            self.cache.pool.events = [] if after.instrumentation == "full" else None
+            if after.instrumentation == "full":
+                self.cache.pool.listen((request.handle, request.blocks) for request in self.requests.values())
+            else:
+                self.cache.pool.events = None
         self.epoch += bool(names)
         applied = FeaturesApplied(
             correlation=correlation,
@@ -620,7 +626,7 @@ class Engine:
     def _launch(self, phases: _Phases) -> _Flight | None:
         """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
         features = self.features
-        events: list[tuple[KvOp, int]] = []
+        events: list[tuple[KvOp, int, int]] = []
         started: list[Request] = []
         preempted: list[Request] = []
         while True:
@@ -786,9 +792,7 @@ class Engine:
 
     def _kv_events(self, flight: _Flight) -> KvEvents | None:
         events = flight.kv_events + self._take_kv_events()
-        if not events or self.features.instrumentation != "full":
-            return None
-        return KvEvents(step=flight.plan.step, op=[int(op) for op, _ in events], block=[block for _, block in events])
+        return _kv_events(flight.plan.step, events) if self.features.instrumentation == "full" else None
 
     def _occupancy(self) -> tuple[int, int, KvUsage]:
         return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
@@ -800,7 +804,7 @@ class Engine:
             phases = _Phases(self._busy_since_ns)
             self._landed.append(self._complete(flight, phases.last, phases))
 
-    def _take_kv_events(self) -> list[tuple[KvOp, int]]:
+    def _take_kv_events(self) -> list[tuple[KvOp, int, int]]:
         pool = self.cache.pool
         if not pool.events:
             return []
@@ -923,6 +927,17 @@ def _sample(logits: Tensor, requests: list[Request], greedy: Tokens | None) -> s
         tokens=parts[0].tokens + parts[1].tokens,
         logprobs=parts[0].logprobs + parts[1].logprobs,
         top=parts[0].top + parts[1].top,
+    )
+
+
+def _kv_events(step: int, events: list[tuple[KvOp, int, int]]) -> KvEvents | None:
+    if not events:
+        return None
+    return KvEvents(
+        step=step,
+        op=[int(op) for op, _, _ in events],
+        block=[block for _, block, _ in events],
+        request=[request for _, _, request in events],
     )
 
 

@@ -103,7 +103,7 @@ class KVCache:
     def adopt(self, request: Request, blocks: list[int]) -> None:
         """Give ``blocks``, found by :meth:`cached_prefix`, to a request that holds none yet."""
         for block in blocks:
-            self.pool.share(block)
+            self.pool.share(block, request.handle)
         request.blocks = list(blocks)
         request.num_computed = len(blocks) * self.block_size
         request.num_registered = len(blocks)
@@ -154,21 +154,21 @@ class KVCache:
             return False
         if self.contiguous:
             if not request.blocks:
-                request.blocks = self.pool.allocate_run(-(-request.max_total // self.block_size)) or []
+                request.blocks = self.pool.allocate_run(-(-request.max_total // self.block_size), request.handle) or []
             return True
         offset = request.num_computed % self.block_size
         if offset and request.blocks:
             index = request.num_computed // self.block_size
             shared = request.blocks[index]
             if self.pool.references[shared] > 1:
-                own = self.pool.allocate()
+                own = self.pool.allocate(request.handle)
                 self.pool.fill(own, offset)
-                self.pool.log(KvOp.COPY, own)
+                self.pool.log(KvOp.COPY, own, request.handle)
                 self.transfers.append(Copy(shared, own))
-                self.pool.release(shared)
+                self.pool.release(shared, request.handle)
                 request.blocks[index] = own
         for _ in range(-(-end // self.block_size) - len(request.blocks)):
-            request.blocks.append(self.pool.allocate())
+            request.blocks.append(self.pool.allocate(request.handle))
         return True
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -179,7 +179,7 @@ class KVCache:
         position = child.prompt_len - 1
         count = -(-position // self.block_size)
         for block in parent.blocks[:count]:
-            self.pool.share(block)
+            self.pool.share(block, child.handle)
         child.blocks = parent.blocks[:count]
         child.num_computed = child.computed_high_water = position
         full = position // self.block_size
@@ -195,7 +195,7 @@ class KVCache:
     def free(self, request: Request) -> None:
         """Take back all blocks of a request. Its last blocks are evicted before its first, which others may share."""
         for block in reversed(request.blocks):
-            self.pool.release(block)
+            self.pool.release(block, request.handle)
         request.blocks = []
         request.num_computed = 0
         request.num_registered = 0

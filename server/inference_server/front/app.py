@@ -48,6 +48,7 @@ from inference_server.protocol import (
     FeaturesEvent,
     Heartbeat,
     Instrumentation,
+    KvEvents,
     NoticeEvent,
     Ready,
     RequestCancelled,
@@ -202,6 +203,10 @@ class Front:
     def step_report(self, report: StepReport) -> None:
         """Log a step and pass its tokens on."""
         self.requests.step_report(report)
+
+    def kv_events(self, events: KvEvents) -> None:
+        """Log what happened to KV blocks while no step ran."""
+        self.log.append(events)
 
     def request_failed(self, failure: RequestFailed) -> None:
         """Pass a failure on to whoever waits."""

@@ -1,7 +1,8 @@
 """The front's event log: everything that happened, newest kept, each event encoded once.
 
 Two memories: a ring of the newest events of every kind, bounded in number and in bytes, and the *state* (the newest
-event of every request, of the engine and of the switches), which a client needs even if it missed the event itself.
+event of every request, of the engine and of the switches, and who holds which KV block), which a client needs even if
+it missed the event itself.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 
 import msgspec
 
+from inference_server.front.kv_state import KvState
 from inference_server.protocol import (
     CeilingsEvent,
     EngineEvent,
     Event,
     FeaturesEvent,
+    KvEvents,
     NoticeEvent,
     RecordingEvent,
     RequestEvent,
@@ -29,6 +32,8 @@ from inference_server.protocol import (
 
 Tap = Callable[[Event, bytes], None]
 """Gets every event and its encoding, on the event loop; must not block."""
+_CACHELESS = {"starting", "restarting", "failed", "stopped"}
+"""States in which the engine's process, and with it the KV cache, is not there."""
 ENDED: frozenset[RequestState] = frozenset({"finished", "cancelled", "failed"})
 _RECENT_REQUESTS = 200
 _RECENT_RECORDINGS = 20
@@ -42,6 +47,8 @@ class Entry:
     encoded: msgspec.Raw
     is_history: bool
     """A step, its tokens or a notice, as opposed to a change of state."""
+    is_kv: bool
+    """What happened to KV blocks: worth nothing to who missed some of it."""
     size: int
     """Encoded bytes."""
 
@@ -69,6 +76,7 @@ class EventLog:
         self._ceilings: tuple[Entry, CeilingsEvent] | None = None
         self._traffic: tuple[Entry, TrafficEvent] | None = None
         self._recordings: dict[str, tuple[Entry, RecordingEvent]] = {}
+        self._kv = KvState()
         self._listeners: set[Callable[[], None]] = set()
         self._tap: Tap | None = None
         self.spent_ns = 0
@@ -107,6 +115,11 @@ class EventLog:
         return self._ceilings[1] if self._ceilings else None
 
     @property
+    def kv(self) -> KvEvents | None:
+        """Operations that lead from nothing to the KV cache as it is now; ``None`` while no block is logged."""
+        return self._kv.describe()
+
+    @property
     def traffic(self) -> TrafficEvent | None:
         """What the load generator does, or did last."""
         return self._traffic[1] if self._traffic else None
@@ -138,6 +151,7 @@ class EventLog:
             position=self._next,
             encoded=msgspec.Raw(encoded),
             is_history=isinstance(event, StepEvent | TokensEvent | NoticeEvent),
+            is_kv=isinstance(event, KvEvents),
             size=len(encoded),
         )
         self._next += 1
@@ -200,10 +214,16 @@ class EventLog:
                 self._ended.append(event.request)
                 while len(self._ended) > _RECENT_REQUESTS:
                     self._requests.pop(self._ended.popleft(), None)
+        elif isinstance(event, KvEvents):
+            self._kv.apply(event)
         elif isinstance(event, EngineEvent):
             self._engine = (entry, event)
+            if event.state in _CACHELESS:
+                self._kv.forget()
         elif isinstance(event, FeaturesEvent):
             self._features = (entry, event)
+            if event.values.get("instrumentation", "full") != "full":
+                self._kv.forget()  # nobody tells any more what happens to the blocks
         elif isinstance(event, CeilingsEvent):
             self._ceilings = (entry, event)
         elif isinstance(event, TrafficEvent):

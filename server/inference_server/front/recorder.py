@@ -279,7 +279,7 @@ class Recorder:
         assert writer is not None
         if self._served is not None:
             writer.add(JournalServed(served=self._served))
-        for event in (self._log.engine, self._log.features, self._log.ceilings):
+        for event in (self._log.engine, self._log.features, self._log.ceilings, self._log.kv):
             if event is not None:
                 writer.add(event)
         details = self._requests.details()

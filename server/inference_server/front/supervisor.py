@@ -40,6 +40,7 @@ from inference_server.protocol import (
     FromEngine,
     Heartbeat,
     Hello,
+    KvEvents,
     LoadFailed,
     LoadProgress,
     MeasureCeilings,
@@ -126,6 +127,9 @@ class Listener(Protocol):
 
     def step_report(self, report: StepReport) -> None:
         """A step ended."""
+
+    def kv_events(self, events: KvEvents) -> None:
+        """KV blocks changed hands between two steps."""
 
     def request_failed(self, failure: RequestFailed) -> None:
         """The engine gave up a request."""
@@ -499,6 +503,9 @@ class EngineSupervisor:
         match message:
             case StepReport():
                 self._listener.step_report(self._in_front_terms(message))
+            case KvEvents():
+                step = message.step + self._step_base
+                self._listener.kv_events(msgspec.structs.replace(message, step=step))
             case Heartbeat():
                 self._listener.heartbeat(message)
             case CeilingsMeasured():

@@ -26,6 +26,7 @@ from inference_server.protocol import (
     EngineEvent,
     FeaturesEvent,
     FeatureSpec,
+    KvEvents,
     Message,
     ModelInfo,
     RecordingEvent,
@@ -62,6 +63,7 @@ class _RawSnapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     recordings: list[RecordingEvent]
     traffic: TrafficEvent | None
     ceilings: Ceilings | None
+    kv: KvEvents | None
 
 
 class _RawFrame(Message, frozen=True, tag="frame", kw_only=True):
@@ -145,6 +147,7 @@ class TelemetryHub:
             recordings=self._log.recordings,
             traffic=self._log.traffic,
             ceilings=self._log.ceilings.ceilings if self._log.ceilings else None,
+            kv=self._log.kv,
         )
         return msgspec.msgpack.encode(snapshot)
 
@@ -163,6 +166,7 @@ class _Client:
         self._credits = 0
         self._interval_s = 0.0
         self._seq = 0
+        self._lost_kv = False
 
     def wake(self) -> None:
         """Something was logged, or a credit came."""
@@ -246,13 +250,20 @@ class _Client:
             states = self._log.state_between(self._cursor, pending[0].position)
             events += [entry.encoded for entry in states]
             dropped = missed - len(states)
+            self._lost_kv = True
         size = 0
         for entry in pending:
             size += entry.size
             if size > _FRAME_BYTES and entry is not pending[0]:
                 break
-            events.append(entry.encoded)
+            if not (entry.is_kv and self._lost_kv):
+                events.append(entry.encoded)
             self._cursor = entry.position + 1
+        if self._lost_kv and self._cursor == self._log.end:
+            # Operations say something only to who knows all before them: the whole state, now that nothing is pending.
+            self._lost_kv = False
+            if (kv := self._log.kv) is not None:
+                events.append(msgspec.Raw(self._encoder.encode(kv)))
         self._seq += 1
         now = time.monotonic_ns()
         frame = self._encoder.encode(_RawFrame(seq=self._seq, now_ns=now, dropped=dropped, events=events))

@@ -185,6 +185,7 @@ TABLES: dict[str, Columns] = {
         "step": "int64",
         "op": "int8",
         "block": "int32",
+        "request": "int64",
     },
     "engine_events": {
         "state": "string",

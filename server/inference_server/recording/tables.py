@@ -122,7 +122,13 @@ class TablesWriter:
             case TokensEvent():
                 self._add_tokens(record)
             case KvEvents():
-                self._add_columns("kv_events", step=[record.step] * len(record.op), op=record.op, block=record.block)
+                self._add_columns(
+                    "kv_events",
+                    step=[record.step] * len(record.op),
+                    op=record.op,
+                    block=record.block,
+                    request=record.request,
+                )
             case RequestEvent():
                 self._add_row("request_events", msgspec.structs.asdict(record))
                 self._story(record.request).event = record

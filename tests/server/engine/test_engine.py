@@ -266,18 +266,27 @@ def test_block_events_tell_the_whole_story_of_a_block(model: Any) -> None:
     engine = engine_for(model)
     tokens = prompt(20)
     submit(engine, 0, tokens, max_tokens=2, **GREEDY)
-    events: list[tuple[int, int]] = []
+    events: list[tuple[int, int, int]] = []
     for handle in (0, 1):
         while engine.has_work():
             report, _ = engine.step()
             assert report is not None
             if report.kv_events is not None:
-                events += zip(report.kv_events.op, report.kv_events.block, strict=True)
+                events += zip(report.kv_events.op, report.kv_events.block, report.kv_events.request, strict=True)
         if handle == 0:
             submit(engine, 1, tokens, max_tokens=2, **GREEDY)
-    assert [KvOp(op).name for op, _ in events] == [
-        "ALLOCATE", "ALLOCATE", "HASH", "FREE", "FREE", "SHARE", "ALLOCATE", "FREE", "FREE",
+    assert [(KvOp(op).name, request) for op, _, request in events] == [
+        ("RESET", -1), ("ALLOCATE", 0), ("ALLOCATE", 0), ("HASH", -1), ("FREE", 0), ("FREE", 0),
+        ("SHARE", 1), ("ALLOCATE", 1), ("FREE", 1), ("FREE", 1),
     ]  # fmt: skip
+    submit(engine, 2, tokens, max_tokens=30, **GREEDY)
+    engine.step()
+    engine.cancel(2)
+    (told,) = engine.take_news()  # no step follows that could report it
+    assert [KvOp(op).name for op in told.op] == ["FREE", "FREE"]
+    engine.set_features(0, {"block_size": 8})
+    (told,) = engine.take_news()
+    assert (told.op, told.block) == ([KvOp.RESET], [engine.cache.pool.num_blocks])
 
 
 def sum_scheduled(engine: Engine) -> int:

@@ -14,7 +14,8 @@ from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduler
 from inference_server.features import Features
-from inference_server.protocol import SamplingParams
+from inference_server.front.kv_state import KvState
+from inference_server.protocol import KvEvents, SamplingParams
 
 EOS = frozenset({7})
 
@@ -24,6 +25,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int, block_size: int) -> None:
         self.num_slots = num_blocks * block_size
         self.cache = KVCache(num_blocks, block_size, host_blocks=num_blocks // 2)
+        self.cache.pool.listen()
+        self.told = KvState()
         self.scheduler = Scheduler(self.cache, EOS)
         self.memory = SimulatedCache(num_blocks, block_size)
         self.features = Features(max_num_seqs=4, max_num_batched_tokens=16)
@@ -104,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = self.cache
         self.cache = KVCache(num_blocks, block_size, host_blocks=num_blocks // 2)
         self.cache.contiguous = contiguous
+        self.cache.pool.listen()
         self.scheduler.replace_cache(self.cache)
         self.memory.transfer(before.transfers)
         before.transfers = []
@@ -146,6 +150,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         held = [request.blocks for request in (*self.scheduler.running, *self.scheduler.waiting)]
         self.cache.pool.check_integrity(held)
+
+    @rule()
+    def listen_anew(self) -> None:
+        self.cache.pool.listen((request.handle, request.blocks) for request in self.live.values())
+
+    @invariant()
+    def the_events_tell_who_holds_which_block(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        pool = self.cache.pool
+        events, pool.events = pool.events, []
+        assert events is not None
+        op, block, request = zip(*events, strict=True) if events else ((), (), ())
+        self.told.apply(KvEvents(step=0, op=[*op], block=[*block], request=[*request]))
+        described = KvState()
+        description = self.told.describe()
+        assert description is not None
+        described.apply(description)
+        for known in (self.told, described):
+            assert known.num_blocks == pool.num_blocks
+            assert known.tables == {each.handle: each.blocks for each in self.live.values() if each.blocks}
+            assert known.references == {each: count for each, count in enumerate(pool.references) if count}
+            assert known.hashed == {each for each, digest in enumerate(pool.hashes) if digest is not None}
+            assert list(known.cached) == list(pool._cached)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):

@@ -29,6 +29,8 @@ from inference_server.protocol import (
     FromEngine,
     Heartbeat,
     Hello,
+    KvEvents,
+    KvOp,
     KvUsage,
     LoadFailed,
     LoadProgress,
@@ -205,7 +207,26 @@ class ScriptedEngine:
             kv=KvUsage(total_blocks=10, used_blocks=1, cached_blocks=0, filled_slots=1, block_size=16),
         )
         self.steps += 1
-        self.say(StepReport(step=step, tokens=tokens, started=started, cached=[0] * len(started), begin_ns=begin))
+        self.say(
+            StepReport(
+                step=step,
+                tokens=tokens,
+                started=started,
+                cached=[0] * len(started),
+                begin_ns=begin,
+                kv_events=self.one_block_a_step(handles[0]),
+            )
+        )
+
+    def one_block_a_step(self, handle: int) -> KvEvents:
+        """Each step takes a block and gives back that of the step before."""
+        block = step = self.steps - 1
+        if step == 0:
+            op, blocks, request = [KvOp.RESET, KvOp.ALLOCATE], [10, 0], [-1, handle]
+        else:
+            op, blocks, request = [KvOp.FREE, KvOp.ALLOCATE], [(block - 1) % 10, block % 10], [self.holder, handle]
+        self.holder = handle
+        return KvEvents(step=step, op=[int(each) for each in op], block=blocks, request=request)
 
     def misbehave(self) -> None:
         match self.options.behaviour:

@@ -13,6 +13,7 @@ import pytest
 from running_front import TOKEN, RunningFront
 from websockets.sync.client import ClientConnection, connect
 
+from inference_server.front.kv_state import KvState
 from inference_server.protocol import (
     PROTOCOL_VERSION,
     ClientMessage,
@@ -22,6 +23,8 @@ from inference_server.protocol import (
     EngineEvent,
     FeaturesEvent,
     Frame,
+    KvEvents,
+    KvOp,
     RequestEvent,
     ServerError,
     ServerMessage,
@@ -180,6 +183,14 @@ def test_a_client_that_lags_far_behind_gets_the_newest_and_is_told_what_it_misse
     steps = [event.step for event in events if isinstance(event, StepEvent)]
     assert steps == sorted(steps)
     assert steps[-1] == 1799
+    # Of the KV blocks it hears nothing until it has caught up, and then all at once.
+    kv = [event for event in events if isinstance(event, KvEvents)]
+    assert kv[0].op[0] == KvOp.RESET
+    known = KvState()
+    for each in kv:
+        known.apply(each)
+    with telemetry(front) as client:
+        assert client.subscribe(credit=0).kv == known.describe()
 
 
 def test_a_client_that_does_not_read_delays_no_token_and_costs_no_memory(scripted: Start) -> None:

@@ -107,7 +107,7 @@ def some_events(steps: int = 5) -> list[Record]:
     for step in range(steps):
         begin = BEGIN + 1000 * step
         events.append(step_event(step, [1, 2], begin))
-        events.append(KvEvents(step=step, op=[0, 1], block=[step, step]))
+        events.append(KvEvents(step=step, op=[0, 1], block=[step, step], request=[1, -1]))
         events.append(tokens_event(step, [1, 2], step, begin + 700))
     end = BEGIN + 10_000
     events += [request_event(r, "finished", end, output_tokens=steps, seed=2**64 - r) for r in (1, 2)]
