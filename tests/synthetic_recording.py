@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
+from inference_server.engine.block_pool import BlockPool
 from inference_server.features import SPECS, Features
 from inference_server.protocol import (
     PARTS,
@@ -20,7 +21,6 @@ from inference_server.protocol import (
     FeaturesEvent,
     Kind,
     KvEvents,
-    KvUsage,
     ModelInfo,
     RequestEvent,
     SamplingParams,
@@ -68,7 +68,7 @@ class _Running:
     started_ns: int | None = None
     first_ns: int | None = None
     state: str = "queued"
-    kept: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
 
 
 def write_recording(
@@ -132,6 +132,8 @@ def write_recording(
     epoch = 0
     switched = False
     next_device = now
+    pool = BlockPool(BLOCKS, BLOCK)
+    pool.listen()
     while produced < tokens or running:
         while len(running) < parallel and produced < tokens:
             handle += 1
@@ -154,8 +156,8 @@ def write_recording(
             forward *= 6  # a stall that has to survive the thinning of plots
         schedule, prepare, sample, update = (draw.randrange(20_000, 200_000) for _ in range(4))
         end = begin + schedule + prepare + forward + sample + update
-        used = sum(-(-(request.prompt + request.made + 1) // BLOCK) for request in running)
-        filled = sum(request.prompt + request.made + 1 for request in running)
+        for request in running:
+            _extend(pool, request)
         for request in running:
             if request.started_ns is None:
                 request.started_ns = begin
@@ -179,14 +181,15 @@ def write_recording(
                 kind=[int(Kind.PREFILL if request.made == 0 else Kind.DECODE) for request in running],
                 running=len(running),
                 waiting=0,
-                kv=KvUsage(
-                    total_blocks=BLOCKS, used_blocks=used, cached_blocks=min(BLOCKS - used, handle),
-                    filled_slots=filled, block_size=BLOCK,
-                ),
+                kv=pool.usage(),
                 before_ns=begin - now,
             )
-        )  # fmt: skip
-        journal.add(KvEvents(step=step, op=[0], block=[step % BLOCKS], request=[1]))
+        )
+        for request in running:
+            if request.made + 1 >= request.limit:
+                for block in reversed(request.blocks):
+                    pool.release(block, request.handle)
+        journal.add(_kv_events(step, pool))
         sent = [end + draw.randrange(60_000, 300_000) for _ in running]
         since = [request.arrival_ns if request.made == 0 else request.last_ns for request in running]
         latency = [at - before for at, before in zip(sent, since, strict=True)]
@@ -233,6 +236,30 @@ def write_recording(
     with patch("inference_server.recording.journal.time.monotonic_ns", return_value=now):  # its end is of our time too
         journal.close("stopped by the test")
     return finish(journal_path, path)
+
+
+def _extend(pool: BlockPool, request: _Running) -> None:
+    """Give a request the blocks of its next position; the first block of every prompt is the same."""
+    filled = request.prompt + request.made + 1
+    if not request.blocks and (first := pool.lookup(b"first")) is not None:
+        pool.share(first, request.handle)
+        request.blocks.append(first)
+    while len(request.blocks) * BLOCK < filled:
+        request.blocks.append(pool.allocate(request.handle))
+    for index, block in enumerate(request.blocks):
+        pool.fill(block, min(BLOCK, filled - index * BLOCK))
+        if (index + 1) * BLOCK <= filled:
+            pool.register(block, b"first" if index == 0 else b"%d/%d" % (request.handle, index))
+
+
+def _kv_events(step: int, pool: BlockPool) -> KvEvents:
+    events, pool.events = pool.events or [], []
+    return KvEvents(
+        step=step,
+        op=[int(op) for op, _, _ in events],
+        block=[block for _, block, _ in events],
+        request=[request for _, _, request in events],
+    )
 
 
 def _parts(

@@ -36,6 +36,7 @@ function content(store: TelemetryStore): unknown {
     device: store.device,
     cost: store.telemetryCost,
     newest: store.newestSentNs,
+    kv: store.kv,
     metrics: [store.metrics(1e8), store.metrics(Infinity)],
     parts: [...partsByStep(store, Infinity).values()].sort((a, b) => a.step - b.step)
   };
@@ -50,6 +51,25 @@ function lived(timeline: Timeline, atNs: number): TelemetryStore {
   });
   return store;
 }
+
+test('after every step the blocks are where Python says they are', async () => {
+  const { kv } = JSON.parse(readFileSync(join(DATA, 'small.json'), 'utf8')) as {
+    kv: Record<string, { tables: [number, number[]][]; cached: number[] }>;
+  };
+  const timeline = await open();
+  assert.ok(Object.keys(kv).length > 20);
+  for (const [step, expected] of Object.entries(kv)) {
+    const blocks = timeline.at(timeline.momentOfStep(timeline.rowOf(Number(step))!)).kv;
+    assert.deepEqual([...blocks.tables].sort(([a], [b]) => a - b), expected.tables);
+    const cached = Array.from({ length: blocks.numBlocks! }, (_, block) => block).filter(
+      block => blocks.state(block) === 'cached'
+    );
+    assert.deepEqual(cached, expected.cached);
+    const held = new Map<number, number>();
+    expected.tables.forEach(([, table]) => table.forEach(block => held.set(block, (held.get(block) ?? 0) + 1)));
+    held.forEach((count, block) => assert.equal(blocks.references[block], count));
+  }
+});
 
 test('the columns that Python wrote are the columns that are read', async () => {
   const expected = JSON.parse(readFileSync(join(DATA, 'small.json'), 'utf8')) as {

@@ -15,16 +15,17 @@ import type {
   FeatureValue,
   FinishReason,
   Kind,
+  KvOp,
   ModelInfo,
   RequestEvent,
   RequestState,
   StepEvent,
   TelemetryCostEvent
 } from '../telemetry/protocol';
-import { PARTS, PROTOCOL_VERSION } from '../telemetry/protocol';
+import { NOBODY, PARTS, PROTOCOL_VERSION } from '../telemetry/protocol';
 import type { Columns } from './columns';
 import { readColumns } from './columns';
-import type { Recorded, TokenColumns } from './timeline';
+import type { KvColumns, Recorded, TokenColumns } from './timeline';
 import { orNull } from './timeline';
 import { damaged, readZip, RecordingError, verify } from './zip';
 import type { ZipEntry } from './zip';
@@ -82,6 +83,7 @@ const TABLES = [
   'tokens',
   'request_events',
   'features',
+  'kv_events',
   'engine_events',
   'device',
   'device_processes',
@@ -157,6 +159,7 @@ function toEvents(manifest: Manifest, tables: Record<TableName, Columns>): Recor
     ceilings: manifest.ceilings.at(-1) ?? null,
     steps: stepEvents(tables.steps, tables.step_requests),
     tokens: tokenColumns(tables.tokens),
+    kv: kvColumns(tables.kv_events),
     requests: rows(tables.request_events, requestEvent),
     features: [...(manifest.features ? [manifest.features] : []), ...rows(tables.features, featuresEvent)],
     engine: rows(tables.engine_events, engineEvent),
@@ -235,6 +238,16 @@ function tokenColumns(table: Columns): TokenColumns {
     sent_ns: table.numbers('sent_ns'),
     latency_ns: table.numbers('latency_ns'),
     parts: PARTS.map(part => table.numbersOrNull(`${part}_ns`))
+  };
+}
+
+function kvColumns(table: Columns): KvColumns {
+  return {
+    rows: table.rows,
+    step: table.numbers('step'),
+    op: table.numbers('op') as unknown as ArrayLike<KvOp>,
+    block: table.numbers('block'),
+    request: table.numbersOrNull('request').map(handle => (Number.isNaN(handle) ? NOBODY : handle))
   };
 }
 

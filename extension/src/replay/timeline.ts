@@ -10,6 +10,8 @@ import type {
   EngineEvent,
   FeaturesEvent,
   FeatureSpec,
+  KvEvents,
+  KvOp,
   ModelInfo,
   RequestEvent,
   ServerInfo,
@@ -19,8 +21,10 @@ import type {
   TelemetryEvent,
   TokensEvent
 } from '../telemetry/protocol';
+import { KvBlocks } from '../telemetry/kv-blocks';
+import { KvOp as Op } from '../telemetry/protocol';
 import type { FeedEntry, RequestRecord, StepRecord, StoreState, TokenRecord } from '../telemetry/store';
-import { DEFAULT_LIMITS, makeStepRecord, TelemetryStore } from '../telemetry/store';
+import { DEFAULT_LIMITS, endsCache, makeStepRecord, TelemetryStore } from '../telemetry/store';
 
 /** The tokens of a recording, a row a token, in the order they were sent. */
 export interface TokenColumns {
@@ -37,6 +41,15 @@ export interface TokenColumns {
   parts: readonly Float64Array[] | null;
 }
 
+/** What happened to KV blocks, a row an operation, in order. */
+export interface KvColumns {
+  rows: number;
+  step: Float64Array;
+  op: ArrayLike<KvOp>;
+  block: Float64Array;
+  request: Float64Array;
+}
+
 /** What a timeline is made of: a recording's tables as events, each list in the order in which it happened. */
 export interface Recorded {
   /** On the server's clock, ns. */
@@ -48,6 +61,7 @@ export interface Recorded {
   ceilings: Ceilings | null;
   steps: { rows: number; step: Float64Array; end_ns: Float64Array; event(row: number): StepEvent };
   tokens: TokenColumns;
+  kv: KvColumns;
   requests: readonly RequestEvent[];
   features: readonly FeaturesEvent[];
   engine: readonly EngineEvent[];
@@ -73,6 +87,8 @@ interface Rare {
 
 const ENDED: ReadonlySet<string> = new Set(['finished', 'cancelled', 'failed']);
 const LEAST_SPAN_NS = 1e6;
+/** Operations between two remembered states of the KV cache: what seeking goes through at most. */
+const KV_STRIDE = 16_384;
 const NO_SPECS: FeatureSpec[] = [];
 
 export class Timeline {
@@ -91,8 +107,14 @@ export class Timeline {
   private readonly rare: Rare[] = [];
   private readonly rareMoments: Float64Array;
   private readonly feed: FeedEntry[];
-  /** How many feed entries there are, and the engine's last failure, after each rare event. */
-  private readonly told: { feed: number; failure: EngineEvent | null; features: FeaturesEvent | null }[] = [];
+  /** When each line of the feed was told. */
+  private readonly feedMoments: number[] = [];
+  /** The engine's last failure and the newest switch after each rare event. */
+  private readonly told: { failure: EngineEvent | null; features: FeaturesEvent | null }[] = [];
+  /** How many operations on KV blocks there are before the first step, and after each. */
+  private readonly kvBefore: number;
+  private readonly kvAfter: Int32Array;
+  private readonly kvStates: { rows: number; blocks: KvBlocks }[] = [{ rows: 0, blocks: new KvBlocks() }];
   private readonly initial: Snapshot;
 
   constructor(readonly recorded: Recorded) {
@@ -105,6 +127,16 @@ export class Timeline {
     this.stepDone = Float64Array.from(this.stepMoments);
     for (let row = 0; row < steps.rows; row++) {
       this.rowOfStep.set(steps.step[row], row);
+    }
+    const { kv } = recorded;
+    const first = steps.rows > 0 ? steps.step[0] : Infinity;
+    this.kvBefore = countUpTo(kv.step, first - 1);
+    this.kvAfter = new Int32Array(steps.rows);
+    for (let row = 0, at = this.kvBefore; row < steps.rows; row++) {
+      while (at < kv.rows && kv.step[at] <= steps.step[row]) {
+        at += 1;
+      }
+      this.kvAfter[row] = at;
     }
     const byHandle = new Map<number, RequestTrack>();
     const track = (handle: number, atNs: number) => {
@@ -222,7 +254,8 @@ export class Timeline {
     const steps = this.stepsBy(atNs);
     const tokens = this.tokensBy(atNs);
     const rare = countUpTo(this.rareMoments, atNs);
-    const told = rare > 0 ? this.told[rare - 1] : { feed: 0, failure: null, features: this.initial.features };
+    const told = rare > 0 ? this.told[rare - 1] : { failure: null, features: this.initial.features };
+    const lines = countUpTo(this.feedMoments, atNs);
     const epochs = new Map<number, FeaturesEvent>();
     let engine: EngineEvent = this.initial.engine;
     let device: DeviceEvent | null = null;
@@ -256,7 +289,8 @@ export class Timeline {
       steps: newestOf(this.stepRecords, steps, DEFAULT_LIMITS.steps, row => this.stepRecord(row)),
       tokens: newestOf(this.tokenRecords, tokens, DEFAULT_LIMITS.tokens, row => this.tokenRecord(row)),
       newestSentNs: tokens > 0 ? this.tokenMoments[tokens - 1] : null,
-      feed: this.feed.slice(Math.max(0, told.feed - DEFAULT_LIMITS.feed), told.feed)
+      feed: this.feed.slice(Math.max(0, lines - DEFAULT_LIMITS.feed), lines),
+      kv: this.kvAt(atNs, steps)
     };
   }
 
@@ -270,6 +304,10 @@ export class Timeline {
     const events: { atNs: number; order: number; event: TelemetryEvent }[] = [];
     for (let row = countUpTo(this.stepMoments, fromNs); row < this.stepsBy(toNs); row++) {
       events.push({ atNs: this.stepMoments[row], order: 1, event: this.recorded.steps.event(row) });
+      const kv = this.kvEvents(row);
+      if (kv) {
+        events.push({ atNs: this.stepMoments[row], order: 1, event: kv });
+      }
     }
     const last = this.tokensBy(toNs);
     for (let row = countUpTo(this.tokenMoments, fromNs); row < last;) {
@@ -431,9 +469,11 @@ export class Timeline {
       }
     }
     const { server, ceilings } = this.recorded;
+    const kv = this.kvRows(0, this.kvBefore);
     return {
       t: 'snapshot',
       seq: 0,
+      kv,
       now_ns: this.beginNs,
       server,
       engine,
@@ -447,16 +487,101 @@ export class Timeline {
 
   /** Let a store tell the whole story once: which lines of the event feed there were by when. */
   private tellAll(): FeedEntry[] {
-    const store = new TelemetryStore({ steps: 1, tokens: 1, feed: Math.max(1, this.rare.length * 2) });
+    const evicting = this.evictingSteps();
+    const store = new TelemetryStore({ steps: 1, tokens: 1, feed: Math.max(1, this.rare.length * 2 + evicting.length) });
     store.applySnapshot(this.initial);
     let seq = 0;
+    const tell = (atNs: number, events: TelemetryEvent[]) => {
+      store.applyFrame({ t: 'frame', seq: ++seq, now_ns: atNs, dropped: 0, events });
+      while (this.feedMoments.length < store.feed.length) {
+        this.feedMoments.push(atNs);
+      }
+    };
+    let next = 0;
+    const tellEvictions = (untilNs: number) => {
+      for (; next < evicting.length && this.stepMoments[evicting[next]] < untilNs; next++) {
+        const row = evicting[next];
+        tell(this.stepMoments[row], [this.recorded.steps.event(row), this.kvEvents(row)!]);
+      }
+    };
     for (const { atNs, event } of this.rare) {
       if (atNs > this.beginNs) {
-        store.applyFrame({ t: 'frame', seq: ++seq, now_ns: atNs, dropped: 0, events: [event] });
+        tellEvictions(atNs);
+        tell(atNs, [event]);
       }
-      this.told.push({ feed: store.feed.length, failure: store.failure, features: store.features });
+      this.told.push({ failure: store.failure, features: store.features });
     }
+    tellEvictions(Infinity);
     return store.feed.last(store.feed.length);
+  }
+
+  // -- the KV cache ----------------------------------------------------------------------------------------------------
+
+  /** Rows of the steps in which cached blocks were given up. */
+  private evictingSteps(): number[] {
+    const { kv } = this.recorded;
+    const result: number[] = [];
+    for (let row = 0, at = this.kvBefore; row < this.kvAfter.length; row++) {
+      let evicts = false;
+      for (; at < this.kvAfter[row]; at++) {
+        evicts ||= kv.op[at] === Op.Evict;
+      }
+      if (evicts) {
+        result.push(row);
+      }
+    }
+    return result;
+  }
+
+  private kvEvents(row: number): KvEvents | null {
+    return this.kvRows(row === 0 ? this.kvBefore : this.kvAfter[row - 1], this.kvAfter[row]);
+  }
+
+  private kvRows(from: number, to: number): KvEvents | null {
+    const { kv } = this.recorded;
+    const range = Array.from({ length: to - from }, (_, at) => from + at);
+    return to === from
+      ? null
+      : {
+          t: 'kv',
+          step: kv.step[to - 1],
+          op: range.map(at => kv.op[at]),
+          block: range.map(at => kv.block[at]),
+          request: range.map(at => kv.request[at])
+        };
+  }
+
+  /** A new copy of the blocks after so many steps. */
+  private kvAt(atNs: number, steps: number): KvBlocks {
+    const { kv } = this.recorded;
+    const rows = steps > 0 ? this.kvAfter[steps - 1] : this.kvBefore;
+    const states = this.kvStates;
+    let from = states[Math.min(states.length - 1, Math.floor(rows / KV_STRIDE))];
+    let blocks = from.blocks.clone();
+    for (let at = from.rows; at < rows; at++) {
+      blocks.take(kv.op[at], kv.block[at], kv.request[at], kv.step[at]);
+      if (at + 1 === states.length * KV_STRIDE) {
+        from = { rows: at + 1, blocks };
+        states.push(from);
+        blocks = blocks.clone();
+      }
+    }
+    const lost = this.cacheLost(atNs);
+    if (lost !== null && (steps === 0 || this.stepMoments[steps - 1] < lost)) {
+      blocks.forget();
+    }
+    return blocks;
+  }
+
+  /** When the newest event by `atNs` that ends all knowledge of the blocks came; see {@link TelemetryStore}. */
+  private cacheLost(atNs: number): number | null {
+    for (let index = countUpTo(this.rareMoments, atNs) - 1; index >= 0; index--) {
+      const { event, atNs: moment } = this.rare[index];
+      if (endsCache(event) && moment > this.beginNs) {
+        return moment;
+      }
+    }
+    return null;
   }
 }
 

@@ -188,12 +188,29 @@ export interface EngineEvent {
   failed_requests: number;
 }
 
+/** What happened to a KV block; `KvOp` of the server says each precisely. */
+export enum KvOp {
+  Allocate = 0,
+  Hash = 1,
+  Share = 2,
+  Evict = 3,
+  Free = 4,
+  Copy = 5,
+  Release = 6,
+  Reset = 7
+}
+
+/** In place of a request's handle: the operation was not done for one. */
+export const NOBODY = -1;
+
 /** What happened to KV blocks in one step, in order. */
 export interface KvEvents {
   t: 'kv';
   step: number;
-  op: number[];
+  op: KvOp[];
   block: number[];
+  /** Handle of the request whose block table changed, or {@link NOBODY}. */
+  request: number[];
 }
 
 /** The hardware, sampled about once a second. What a machine does not tell is null. */
@@ -355,6 +372,8 @@ export interface Snapshot {
   traffic?: TrafficEvent | null;
   recordings?: RecordingEvent[];
   ceilings?: Ceilings | null;
+  /** Operations that lead from nothing to the KV cache as it is now. */
+  kv?: KvEvents | null;
 }
 
 export interface Frame {

@@ -3,6 +3,7 @@
  * from them. Owns no connection and no drawing; a snapshot replaces all of it, frames add to it.
  */
 
+import { KvBlocks } from './kv-blocks';
 import { Ring } from './ring';
 import { percentiles } from './statistics';
 import type {
@@ -15,6 +16,7 @@ import type {
   FeatureValue,
   Frame,
   Kind,
+  KvEvents,
   ModelInfo,
   RecordingEvent,
   RequestEvent,
@@ -27,6 +29,7 @@ import type {
   TokensEvent,
   TrafficEvent
 } from './protocol';
+import { KvOp } from './protocol';
 
 /** A step and its sums. */
 export interface StepRecord {
@@ -63,7 +66,7 @@ export interface RequestRecord {
   forgotten: number;
 }
 
-export type FeedKind = 'switch' | 'request' | 'engine' | 'recording' | 'error' | 'gap' | 'connection';
+export type FeedKind = 'switch' | 'request' | 'eviction' | 'engine' | 'recording' | 'error' | 'gap' | 'connection';
 
 /** One thing worth telling. The view finds the words; `text` is for what has no event of its own. */
 export interface FeedEntry {
@@ -74,6 +77,8 @@ export interface FeedEntry {
   event: RequestEvent | FeaturesEvent | EngineEvent | RecordingEvent | null;
   /** Events that were left out just before, for a gap. */
   missing: number;
+  /** Cached blocks given up since the line before that told of some, for an eviction. */
+  evicted: number;
   text: string;
 }
 
@@ -119,6 +124,8 @@ export interface StoreState {
   tokens: TokenRecord[];
   feed: FeedEntry[];
   newestSentNs: number | null;
+  /** The store's own from now on. */
+  kv: KvBlocks;
 }
 
 export interface StoreLimits {
@@ -137,9 +144,20 @@ export const DEFAULT_LIMITS: StoreLimits = {
   feed: 500
 };
 const ENDED: ReadonlySet<string> = new Set(['finished', 'cancelled', 'failed']);
+/** Without the engine's process there is no KV cache. */
+const CACHELESS: ReadonlySet<string> = new Set(['starting', 'restarting', 'failed', 'stopped']);
+/** Evictions come in every step of a full cache: they are told of at most so often. */
+const EVICTIONS_EVERY_NS = 1e9;
 
 export function isActive(request: RequestRecord): boolean {
   return request.event === null || !ENDED.has(request.event.state);
+}
+
+/** Whether nothing is known of the KV blocks after `event`: they are gone, or nobody tells of them any more. */
+export function endsCache(event: TelemetryEvent): boolean {
+  return event.t === 'engine'
+    ? CACHELESS.has(event.state)
+    : event.t === 'features' && (event.values['instrumentation'] ?? 'full') !== 'full';
 }
 
 export class TelemetryStore {
@@ -173,6 +191,8 @@ export class TelemetryStore {
   readonly steps: Ring<StepRecord>;
   readonly tokens: Ring<TokenRecord>;
   readonly feed: Ring<FeedEntry>;
+  /** The KV cache, block by block. */
+  kv = new KvBlocks();
   /** Events that the server had to leave out because this page was too slow. */
   dropped = 0;
   /** Newest `sent_ns` taken in. */
@@ -182,6 +202,8 @@ export class TelemetryStore {
   private readonly listeners = new Set<() => void>();
   private stepByNumber = new Map<number, StepRecord>();
   private waitingForStep = new Map<number, TokenRecord[]>();
+  private evictedUntold = 0;
+  private evictionsToldNs = -Infinity;
   private newestFirstToken: TokenRecord | null = null;
   private nextSerial = 1;
   /** The history of a snapshot repeats notices that are known. */
@@ -237,6 +259,10 @@ export class TelemetryStore {
     this.requests.clear();
     this.epochs.clear();
     this.lastSeq = snapshot.seq;
+    this.kv = new KvBlocks();
+    if (snapshot.kv) {
+      this.kv.apply(snapshot.kv);
+    }
     if (snapshot.features) {
       this.epochs.set(snapshot.features.epoch, snapshot.features);
     }
@@ -289,6 +315,7 @@ export class TelemetryStore {
       this.newestFirstToken = token.index === 0 ? token : null;
     }
     this.newestSentNs = state.newestSentNs;
+    this.kv = state.kv;
     this.nextSerial = (this.feed.at(-1)?.serial ?? 0) + 1;
     this.dropped = 0;
     this.lastSeq = null;
@@ -423,7 +450,8 @@ export class TelemetryStore {
         }
         break;
       case 'kv':
-        break; // logged and recorded; no view draws single blocks yet
+        this.takeKv(event, live);
+        break;
       case 'device':
         this.device = event;
         break;
@@ -502,6 +530,21 @@ export class TelemetryStore {
     }
   }
 
+  private takeKv(event: KvEvents, live: boolean): void {
+    this.kv.apply(event);
+    const evicted = event.op.filter(op => op === KvOp.Evict).length;
+    if (evicted === 0 || !live) {
+      return;
+    }
+    this.evictedUntold += evicted;
+    const atNs = this.stepByNumber.get(event.step)?.event.end_ns ?? null;
+    if (atNs === null || atNs - this.evictionsToldNs >= EVICTIONS_EVERY_NS) {
+      this.tell({ kind: 'eviction', atNs, evicted: this.evictedUntold });
+      this.evictionsToldNs = atNs ?? this.evictionsToldNs;
+      this.evictedUntold = 0;
+    }
+  }
+
   private takeRecording(event: RecordingEvent, live: boolean): void {
     const before = this.recordings.get(event.id);
     this.recordings.set(event.id, event);
@@ -526,6 +569,9 @@ export class TelemetryStore {
     this.epochs.set(event.epoch, event);
     if (this.features === null || event.epoch >= this.features.epoch) {
       this.features = event;
+      if (endsCache(event)) {
+        this.kv.forget();
+      }
     }
     if (live && !known && event.changed.length > 0) {
       this.tell({ kind: 'switch', atNs: event.applied_ns, event });
@@ -540,6 +586,9 @@ export class TelemetryStore {
     if ((event.state === 'failed' || event.state === 'restarting') && event.message !== '') {
       this.failure = event;
     }
+    if (endsCache(event)) {
+      this.kv.forget();
+    }
     if (event.state === 'starting' || event.state === 'restarting') {
       this.tasks.clear();
       this.waitingForStep.clear();
@@ -551,7 +600,7 @@ export class TelemetryStore {
   }
 
   private tell(entry: Pick<FeedEntry, 'kind' | 'atNs'> & Partial<FeedEntry>): void {
-    this.feed.push({ event: null, missing: 0, text: '', ...entry, serial: this.nextSerial++ });
+    this.feed.push({ event: null, missing: 0, evicted: 0, text: '', ...entry, serial: this.nextSerial++ });
   }
 
   private request(handle: number): RequestRecord {

@@ -2,6 +2,7 @@
 
 import type { FeedEntry, FeedKind } from '../telemetry/store';
 import { h } from './dom';
+import { count } from './format';
 import type { View, ViewContext } from './view';
 import { changes, describeEngine, describeRecording, describeRequest, describeSwitch } from './words';
 
@@ -10,6 +11,7 @@ const SHOWN = 60;
 const SIGNS: Record<FeedKind, string> = {
   switch: '⇄',
   request: '·',
+  eviction: '⊘',
   engine: '●',
   recording: '◉',
   error: '▲',
@@ -79,7 +81,7 @@ export class EventFeed implements View {
     );
   }
 
-  private words({ event, missing, text }: FeedEntry): string {
+  private words({ event, missing, evicted, text }: FeedEntry): string {
     const { trans } = this.context;
     switch (event?.t) {
       case 'features':
@@ -93,6 +95,11 @@ export class EventFeed implements View {
       case 'recording':
         return describeRecording(event, trans);
       case undefined:
+        if (evicted > 0) {
+          return evicted === 1
+            ? trans.__('1 cached KV block was evicted for a new one')
+            : trans.__('%1 cached KV blocks were evicted for new ones', count(evicted));
+        }
         return missing > 0
           ? trans.__('%1 events were left out: this page or its connection was too slow', missing)
           : text;

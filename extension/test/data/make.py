@@ -9,6 +9,8 @@ sys.path += [str(ROOT / "server"), str(ROOT / "tests")]
 
 from synthetic_recording import write_recording  # noqa: E402 -- found by the line above
 
+from inference_server.front.kv_state import KvState  # noqa: E402
+from inference_server.protocol import KvEvents  # noqa: E402
 from inference_server.recording.file import RecordingFile  # noqa: E402
 from inference_server.recording.format import PART_COLUMNS  # noqa: E402
 
@@ -25,7 +27,14 @@ def main() -> None:
         tokens = file.table("tokens").to_pylist()
         for token in tokens:
             token["parts"] = [token.pop(name) for name in PART_COLUMNS]
+        kv = KvState()
+        blocks = {}
+        for row in file.table("kv_events").to_pylist():
+            kv.apply(KvEvents(step=row["step"], op=[row["op"]], block=[row["block"]], request=[row["request"]]))
+            tables = [[request, list(table)] for request, table in sorted(kv.tables.items())]
+            blocks[row["step"]] = {"tables": tables, "cached": sorted(kv.cached)}
         oracle = {
+            "kv": blocks,
             "steps": steps,
             "tokens": tokens,
             "requests": file.table("request_events").num_rows,
