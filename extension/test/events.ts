@@ -1,6 +1,8 @@
 /** Events as the server sends them, for the tests of this folder. */
 
 import type {
+  EngineEvent,
+  EngineState,
   FeaturesEvent,
   Frame,
   Kind,
@@ -94,23 +96,27 @@ export function features(epoch: number, kvCache: boolean, settled: number | null
   };
 }
 
+export function engine(state: EngineState): EngineEvent {
+  return {
+    t: 'engine',
+    state,
+    at_ns: 0,
+    stage: '',
+    fraction: null,
+    message: '',
+    pid: 2,
+    restarts: 0,
+    failed_requests: 0
+  };
+}
+
 export function snapshot(instance: string, history: TelemetryEvent[] = [], requests: RequestEvent[] = []): Snapshot {
   return {
     t: 'snapshot',
     seq: 0,
     now_ns: 0,
     server: { version: '0.1.0', protocol: 1, instance, pid: 1, started_ns: 0 },
-    engine: {
-      t: 'engine',
-      state: 'ready',
-      at_ns: 0,
-      stage: '',
-      fraction: null,
-      message: '',
-      pid: 2,
-      restarts: 0,
-      failed_requests: 0
-    },
+    engine: engine('ready'),
     model: null,
     capacity: null,
     specs: [],

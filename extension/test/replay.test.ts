@@ -60,7 +60,10 @@ test('after every step the blocks are where Python says they are', async () => {
   assert.ok(Object.keys(kv).length > 20);
   for (const [step, expected] of Object.entries(kv)) {
     const blocks = timeline.at(timeline.momentOfStep(timeline.rowOf(Number(step))!)).kv;
-    assert.deepEqual([...blocks.tables].sort(([a], [b]) => a - b), expected.tables);
+    assert.deepEqual(
+      [...blocks.tables].sort(([a], [b]) => a - b),
+      expected.tables
+    );
     const cached = Array.from({ length: blocks.numBlocks! }, (_, block) => block).filter(
       block => blocks.state(block) === 'cached'
     );

@@ -488,7 +488,11 @@ export class Timeline {
   /** Let a store tell the whole story once: which lines of the event feed there were by when. */
   private tellAll(): FeedEntry[] {
     const evicting = this.evictingSteps();
-    const store = new TelemetryStore({ steps: 1, tokens: 1, feed: Math.max(1, this.rare.length * 2 + evicting.length) });
+    const store = new TelemetryStore({
+      steps: 1,
+      tokens: 1,
+      feed: Math.max(1, this.rare.length * 2 + evicting.length)
+    });
     store.applySnapshot(this.initial);
     let seq = 0;
     const tell = (atNs: number, events: TelemetryEvent[]) => {

@@ -16,6 +16,18 @@ export const PHASE = {
 /** Colours that must read on a dark ground: the blue of prefill is too deep there. */
 export const PHASE_ON_DARK = { ...PHASE, prefill: '#3D9FDB', cacheHit: '#C0508A' } as const;
 
+/** Hues of requests that are few enough to be told apart; beyond, identity is by label and hover. */
+export const REQUEST_COLOURS: readonly string[] = [
+  '#0072B2',
+  '#E69F00',
+  '#009E73',
+  '#CC79A7',
+  '#56B4E9',
+  '#D55E00',
+  '#B8A800',
+  '#7A5AA6'
+];
+
 export function kindColour(kind: Kind | null, dark: boolean): string {
   const phase = dark ? PHASE_ON_DARK : PHASE;
   switch (kind) {

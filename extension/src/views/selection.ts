@@ -1,6 +1,6 @@
 /**
  * What the reader points at, shared by all views: an engine step, and perhaps one token of it. A token that was clicked
- * stays pinned until another is, so that it can be read at leisure.
+ * stays pinned until another is, so that it can be read at leisure; a request can be highlighted wherever it is drawn.
  */
 
 export interface Pointed {
@@ -12,6 +12,7 @@ export interface Pointed {
 export class Selection {
   private current: Pointed | null = null;
   private kept: Pointed | null = null;
+  private lit: number | null = null;
   private readonly listeners = new Set<() => void>();
 
   get value(): Pointed | null {
@@ -24,7 +25,7 @@ export class Selection {
       return;
     }
     this.current = value;
-    this.listeners.forEach(listener => listener());
+    this.tell();
   }
 
   get pinned(): Pointed | null {
@@ -33,11 +34,28 @@ export class Selection {
 
   pin(value: Pointed | null): void {
     this.kept = value;
-    this.listeners.forEach(listener => listener());
+    this.lit = value?.request ?? null;
+    this.tell();
+  }
+
+  /** The request that stands out in every view; the others are dimmed. */
+  get highlighted(): number | null {
+    return this.lit;
+  }
+
+  highlight(request: number | null): void {
+    if (this.lit !== request) {
+      this.lit = request;
+      this.tell();
+    }
   }
 
   onChange(listener: () => void): () => void {
     this.listeners.add(listener);
     return () => this.listeners.delete(listener);
+  }
+
+  private tell(): void {
+    this.listeners.forEach(listener => listener());
   }
 }

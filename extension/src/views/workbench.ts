@@ -9,6 +9,8 @@ import { AttributionPlot } from './attribution-plot';
 import { BatchPlot } from './batch-plot';
 import { h } from './dom';
 import { EventFeed } from './event-feed';
+import type { Card } from './card';
+import { KvMap } from './kv-map';
 import { KvPlot } from './kv-plot';
 import { LatencyPlot } from './latency-plot';
 import { PaintLoop } from './loop';
@@ -63,7 +65,7 @@ export class Workbench {
   readonly element: HTMLElement;
   readonly switchboard: Switchboard;
   private readonly views: View[];
-  private readonly plots: Plot[];
+  private readonly plots: (Plot | Card)[];
   private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean };
   private readonly loop: PaintLoop;
   private readonly stops: (() => void)[] = [];
@@ -115,7 +117,8 @@ export class Workbench {
       new LatencyPlot(this.context),
       new AttributionPlot(this.context),
       new BatchPlot(this.context),
-      new KvPlot(this.context)
+      new KvPlot(this.context),
+      new KvMap(this.context)
     ];
     const feed = new EventFeed(this.context);
     this.views = [status, recorder, transport, tiles, prompt, traffic, this.switchboard, strip, why, feed].filter(

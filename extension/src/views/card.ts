@@ -1,0 +1,222 @@
+/**
+ * What all figures share, whatever draws them: a card with title, definition, legend, caption and a table behind it, and
+ * when it is due to be painted.
+ */
+
+import { pageNow } from '../telemetry/clock';
+import { measuredBadge } from './badge';
+import type { Child } from './dom';
+import { h, setText, uniqueId } from './dom';
+import type { View, ViewContext } from './view';
+
+export interface LegendEntry {
+  colour: string;
+  text: string;
+  look?: 'fill' | 'hatch' | 'line' | 'dashed' | 'dot' | 'triangle' | 'outline';
+  /** Of the hatch, where it is not the ground's. */
+  line?: string;
+  /** Which hatch; see `parts.ts`. */
+  hatch?: string;
+}
+
+export interface Table {
+  columns: string[];
+  rows: (string | number)[][];
+}
+
+export interface CardOptions {
+  /** Of the CSS class and the table. */
+  name: string;
+  title: string;
+  definition: string;
+  /** What the keys do while the figure has the focus. */
+  keys: string;
+  /** Between the title and the table button. */
+  controls?: Child[];
+}
+
+/** Figures repaint less often than text: a canvas costs more. One of them every 60 ms or so. */
+const INTERVAL_MS = 250;
+const HURRIED_INTERVAL_MS = 600;
+
+export abstract class Card implements View {
+  readonly element: HTMLElement;
+  readonly name: string;
+  readonly title: string;
+  /** How long to wait at least between two paintings while data arrives. */
+  protected readonly intervalMs: number = INTERVAL_MS;
+  protected readonly frame: HTMLElement;
+  private readonly legendElement = h('div', { class: 'iw-legend' });
+  private readonly captionElement = h('p', { class: 'iw-caption' });
+  private readonly tableElement = h('div', {
+    class: 'iw-table-holder',
+    attrs: { hidden: true, tabindex: 0, role: 'region' }
+  });
+  private readonly tableButton: HTMLButtonElement;
+  private started = false;
+  private paintedVersion = -1;
+  private caption = '';
+  private readonly stopSelection: () => void;
+  protected disposed = false;
+  /** When it was last painted, on the page's clock. */
+  paintedAt = -Infinity;
+
+  constructor(
+    protected readonly context: ViewContext,
+    options: CardOptions
+  ) {
+    const { trans } = context;
+    this.name = options.name;
+    this.title = options.title;
+    const tableId = uniqueId('table');
+    this.tableElement.id = tableId;
+    this.tableElement.setAttribute('aria-label', trans.__('%1, as a table', options.title));
+    this.tableButton = h('button', {
+      class: 'iw-button iw-button-quiet iw-table-button',
+      text: trans.__('Table'),
+      attrs: { type: 'button', 'aria-pressed': 'false', 'aria-controls': tableId },
+      on: { click: () => this.toggleTable() }
+    });
+    this.frame = h('div', {
+      class: 'iw-plot',
+      attrs: { tabindex: 0, role: 'img', 'aria-label': options.title, 'aria-description': options.keys },
+      on: {
+        keydown: event => this.onKey(event),
+        blur: () => context.selection.set(null)
+      }
+    });
+    this.element = h(
+      'section',
+      { class: `iw-card iw-plot-card iw-plot-${options.name}`, attrs: { 'aria-label': options.title } },
+      h(
+        'div',
+        { class: 'iw-card-head' },
+        h('h3', { text: options.title }),
+        measuredBadge(trans, options.title, options.definition),
+        h('span', { class: 'iw-spring' }),
+        ...(options.controls ?? []),
+        this.tableButton
+      ),
+      this.legendElement,
+      this.frame,
+      this.tableElement,
+      this.captionElement
+    );
+    this.stopSelection = context.selection.onChange(() => this.onSelection());
+  }
+
+  update(): void {
+    this.repaint();
+  }
+
+  /** Is there something newer than what was painted? */
+  get stale(): boolean {
+    return !this.started || this.paintedVersion !== this.context.store.version;
+  }
+
+  /** Stale, and not painted a moment ago. */
+  get due(): boolean {
+    const interval = this.context.hurried ? HURRIED_INTERVAL_MS : this.intervalMs;
+    return this.stale && pageNow() - this.paintedAt >= interval;
+  }
+
+  restyle(): void {
+    this.drawLegend();
+  }
+
+  dispose(): void {
+    this.disposed = true;
+    this.stopSelection();
+  }
+
+  /** Called once, before the first painting. */
+  protected start(): void {
+    this.drawLegend();
+  }
+
+  /** Draw what the store knows, and return the caption: the same in words. `null` keeps the one there is. */
+  protected abstract draw(): string | null;
+  protected abstract legend(): LegendEntry[];
+  protected abstract table(): Table;
+  /** What is pointed at, in words; null shows the caption. */
+  protected abstract describe(): string | null;
+  /** A key was pressed in the figure; true where it meant something. */
+  protected abstract onArrow(key: string): boolean;
+
+  /** The selection moved. */
+  protected onSelection(): void {
+    this.showCaption();
+  }
+
+  protected repaint(): void {
+    if (!this.started) {
+      this.started = true;
+      this.start();
+    }
+    this.paintedVersion = this.context.store.version;
+    this.paintedAt = pageNow();
+    this.caption = this.draw() ?? this.caption;
+    this.showCaption();
+    if (!this.tableElement.hidden) {
+      this.drawTable();
+    }
+  }
+
+  protected showCaption(): void {
+    const text = this.describe() ?? this.caption;
+    setText(this.captionElement, text);
+    this.captionElement.hidden = text === '';
+    this.frame.setAttribute('aria-label', `${this.title}. ${text}`);
+  }
+
+  protected drawLegend(): void {
+    this.legendElement.replaceChildren(
+      ...this.legend().map(entry => {
+        const key = h('span', { class: `iw-key iw-key-${entry.look ?? 'fill'}`, attrs: { 'aria-hidden': 'true' } });
+        key.style.setProperty('--iw-key', entry.colour);
+        if (entry.hatch) {
+          key.classList.add('iw-part', `iw-part-${entry.hatch}`);
+          key.style.setProperty('--iw-part-fill', entry.colour);
+          key.style.setProperty('--iw-part-line', entry.line ?? 'currentcolor');
+        }
+        return h('span', { class: 'iw-legend-entry' }, key, h('span', { text: entry.text }));
+      })
+    );
+  }
+
+  private toggleTable(): void {
+    const show = this.tableElement.hidden;
+    this.tableElement.hidden = !show;
+    this.frame.hidden = show;
+    this.legendElement.hidden = show;
+    this.tableButton.setAttribute('aria-pressed', String(show));
+    if (show) {
+      this.drawTable();
+    }
+  }
+
+  private drawTable(): void {
+    const { columns, rows } = this.table();
+    if (rows.length === 0) {
+      this.tableElement.replaceChildren(h('p', { class: 'iw-empty', text: this.context.trans.__('Nothing yet.') }));
+      return;
+    }
+    const table = h(
+      'table',
+      { class: 'iw-table', attrs: { 'data-table': this.name } },
+      h('thead', {}, h('tr', {}, ...columns.map(text => h('th', { text, attrs: { scope: 'col' } })))),
+      h('tbody', {}, ...rows.map(row => h('tr', {}, ...row.map(cell => h('td', { text: String(cell) })))))
+    );
+    this.tableElement.replaceChildren(table);
+  }
+
+  private onKey(event: KeyboardEvent): void {
+    if (event.key === 'Escape') {
+      this.context.selection.set(null);
+      this.context.selection.highlight(null);
+    } else if (this.onArrow(event.key)) {
+      event.preventDefault();
+      event.stopPropagation();
+    }
+  }
+}
