@@ -413,7 +413,11 @@ export class Timeline {
     for (let at = forgotten; at < made; at++) {
       list.push(this.tokenRecord(track.rows[at]));
     }
-    return { handle: track.handle, event: track.events[events - 1] ?? null, tokens: list, forgotten };
+    const told = track.events.slice(0, events);
+    const preemptedNs = told
+      .filter((event, at) => event.state === 'preempted' && told[at - 1]?.state !== 'preempted')
+      .map(event => event.at_ns);
+    return { handle: track.handle, event: told.at(-1) ?? null, tokens: list, forgotten, preemptedNs };
   }
 
   private collectRare(track: (handle: number, atNs: number) => RequestTrack): void {

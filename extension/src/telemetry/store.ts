@@ -64,6 +64,8 @@ export interface RequestRecord {
   tokens: TokenRecord[];
   /** How many older ones were forgotten. */
   forgotten: number;
+  /** When it was preempted, each time. */
+  preemptedNs: number[];
 }
 
 export type FeedKind = 'switch' | 'request' | 'eviction' | 'engine' | 'recording' | 'error' | 'gap' | 'connection';
@@ -267,7 +269,8 @@ export class TelemetryStore {
       this.epochs.set(snapshot.features.epoch, snapshot.features);
     }
     for (const event of snapshot.requests) {
-      this.requests.set(event.request, { handle: event.request, event, tokens: [], forgotten: 0 });
+      const preemptedNs = event.state === 'preempted' ? [event.at_ns] : [];
+      this.requests.set(event.request, { handle: event.request, event, tokens: [], forgotten: 0, preemptedNs });
     }
     for (const event of snapshot.history) {
       this.take(event, false);
@@ -278,6 +281,7 @@ export class TelemetryStore {
       if (now) {
         const firstIndex = now.tokens[0]?.index ?? Infinity;
         now.tokens.unshift(...before.tokens.filter(token => token.index < firstIndex));
+        now.preemptedNs = [...new Set([...before.preemptedNs, ...now.preemptedNs])];
       }
     }
     this.trimRequests();
@@ -555,7 +559,11 @@ export class TelemetryStore {
 
   private takeRequest(event: RequestEvent, live: boolean): void {
     const before = this.requests.get(event.request)?.event?.state;
-    this.request(event.request).event = event;
+    const record = this.request(event.request);
+    record.event = event;
+    if (event.state === 'preempted' && before !== 'preempted') {
+      record.preemptedNs.push(event.at_ns);
+    }
     if (event.state === 'finished' && live) {
       this.failure = null;
     }
@@ -606,7 +614,7 @@ export class TelemetryStore {
   private request(handle: number): RequestRecord {
     let record = this.requests.get(handle);
     if (!record) {
-      record = { handle, event: null, tokens: [], forgotten: 0 };
+      record = { handle, event: null, tokens: [], forgotten: 0, preemptedNs: [] };
       this.requests.set(handle, record);
     }
     return record;

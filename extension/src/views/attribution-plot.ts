@@ -9,7 +9,7 @@ import type { Bokeh, ColumnDataSource, Figure } from './bokeh';
 import { duration, percent, significant } from './format';
 import type { Hatch } from './parts';
 import { partLook, partName } from './parts';
-import type { LegendEntry, Table } from './plot';
+import type { LegendEntry, Table } from './card';
 import { StepPlot } from './step-plot';
 import type { ViewContext } from './view';
 
@@ -55,17 +55,9 @@ export class AttributionPlot extends StepPlot {
     );
   }
 
-  protected build(bokeh: Bokeh, { tools, height }: { tools: string; height: number }): Figure {
+  protected build(bokeh: Bokeh, shared: { tools: string; height: number }): Figure {
     const { trans } = this.context;
-    const figure = bokeh.figure({
-      ...this.makeRanges(bokeh),
-      tools,
-      height,
-      toolbar_location: null,
-      sizing_mode: 'stretch_width',
-      x_axis_label: trans.__('engine step'),
-      y_axis_label: trans.__('ms per token')
-    });
+    const figure = this.stepFigure(bokeh, shared, trans.__('ms per token'));
     for (const part of PARTS) {
       const source = new bokeh.ColumnDataSource({ data: { x: [], y1: [], y2: [] } });
       const renderer = figure.varea_step({ field: 'x' }, { field: 'y1' }, { field: 'y2' }, 'after', {
@@ -103,7 +95,7 @@ export class AttributionPlot extends StepPlot {
     this.layers.forEach(each => each.paint());
   }
 
-  protected draw(): string {
+  protected fill(): string {
     const { store, trans, windowNs } = this.context;
     this.parts = partsByStep(store, windowNs);
     // Tokens are forgotten before steps are: no bar is missing, it is only no longer known.
@@ -171,7 +163,7 @@ export class AttributionPlot extends StepPlot {
     });
   }
 
-  protected describe(): string | null {
+  protected override describe(): string | null {
     const { value } = this.context.selection;
     const each = value ? this.parts.get(value.step) : undefined;
     if (!each) {

@@ -1,10 +1,11 @@
 /** What each step computed: its token positions, by what they were for, against the token budget. */
 
 import { Kind } from '../telemetry/protocol';
+import type { StepRecord } from '../telemetry/store';
 import type { Bokeh, ColumnDataSource, Figure, Span } from './bokeh';
 import { kindColour } from './colours';
 import { count, duration } from './format';
-import type { LegendEntry, Table } from './plot';
+import type { LegendEntry, Table } from './card';
 import { StepPlot } from './step-plot';
 import type { ViewContext } from './view';
 import { kindName } from './words';
@@ -30,17 +31,9 @@ export class BatchPlot extends StepPlot {
     );
   }
 
-  protected build(bokeh: Bokeh, { tools, height }: { tools: string; height: number }): Figure {
+  protected build(bokeh: Bokeh, shared: { tools: string; height: number }): Figure {
     const { trans } = this.context;
-    const figure = bokeh.figure({
-      ...this.makeRanges(bokeh),
-      tools,
-      height,
-      toolbar_location: null,
-      sizing_mode: 'stretch_width',
-      x_axis_label: trans.__('engine step'),
-      y_axis_label: trans.__('tokens computed')
-    });
+    const figure = this.stepFigure(bokeh, shared, trans.__('tokens computed'));
     for (const kind of STACK) {
       const source = new bokeh.ColumnDataSource({ data: { left: [], right: [], bottom: [], top: [] } });
       const hatch =
@@ -77,7 +70,7 @@ export class BatchPlot extends StepPlot {
     }
   }
 
-  protected draw(): string {
+  protected fill(): string {
     const { store, trans } = this.context;
     this.collect(step => step.total);
     const half = this.columnHalf();
@@ -125,13 +118,8 @@ export class BatchPlot extends StepPlot {
       .concat([{ colour: theme.ink, text: trans.__('token budget'), look: 'dashed' }]);
   }
 
-  protected describe(): string | null {
-    const step = this.selected();
-    return step ? this.sentence(step) : null;
-  }
-
   protected table(): Table {
-    const { store, trans } = this.context;
+    const { trans } = this.context;
     return {
       columns: [
         trans.__('step'),
@@ -143,23 +131,20 @@ export class BatchPlot extends StepPlot {
         trans.__('step time'),
         trans.__('forward')
       ],
-      rows: store.steps
-        .last(100)
-        .reverse()
-        .map(step => [
-          step.event.step,
-          step.event.epoch,
-          step.event.request.length,
-          step.byKind[Kind.Prefill],
-          step.byKind[Kind.Decode],
-          step.byKind[Kind.Recompute],
-          this.stepTime(step),
-          duration(step.event.forward_ns)
-        ])
+      rows: this.newest(step => [
+        step.event.step,
+        step.event.epoch,
+        step.event.request.length,
+        step.byKind[Kind.Prefill],
+        step.byKind[Kind.Decode],
+        step.byKind[Kind.Recompute],
+        this.stepTime(step),
+        duration(step.event.forward_ns)
+      ])
     };
   }
 
-  private sentence(step: (typeof this.shown)[number]): string {
+  protected override sentence(step: StepRecord): string {
     const { trans } = this.context;
     const kinds = STACK.filter(kind => step.byKind[kind] > 0 || (!RARE.includes(kind) && kind === Kind.Decode))
       .map(kind => `${count(step.byKind[kind])} ${kindName(kind, trans)}`)

@@ -4,7 +4,7 @@ import type { StepRecord } from '../telemetry/store';
 import type { Bokeh, ColumnDataSource, Figure } from './bokeh';
 import { PHASE, PHASE_ON_DARK } from './colours';
 import { bytes, count, percent } from './format';
-import type { LegendEntry, Table } from './plot';
+import type { LegendEntry, Table } from './card';
 import { StepPlot } from './step-plot';
 import type { ViewContext } from './view';
 
@@ -24,17 +24,9 @@ export class KvPlot extends StepPlot {
     );
   }
 
-  protected build(bokeh: Bokeh, { tools, height }: { tools: string; height: number }): Figure {
+  protected build(bokeh: Bokeh, shared: { tools: string; height: number }): Figure {
     const { trans } = this.context;
-    const figure = bokeh.figure({
-      ...this.makeRanges(bokeh),
-      tools,
-      height,
-      toolbar_location: null,
-      sizing_mode: 'stretch_width',
-      x_axis_label: trans.__('engine step'),
-      y_axis_label: trans.__('blocks')
-    });
+    const figure = this.stepFigure(bokeh, shared, trans.__('blocks'));
     this.source = new bokeh.ColumnDataSource({ data: { step: [], zero: [], used: [], held: [], filled: [] } });
     const source = this.source;
     const x = { field: 'step' };
@@ -57,7 +49,7 @@ export class KvPlot extends StepPlot {
     this.paintGlyphs();
   }
 
-  protected draw(): string {
+  protected fill(): string {
     const { store, trans } = this.context;
     this.collect(step => step.event.kv.used_blocks);
     const used = this.shown.map(step => step.event.kv.used_blocks);
@@ -88,13 +80,8 @@ export class KvPlot extends StepPlot {
     ];
   }
 
-  protected describe(): string | null {
-    const step = this.selected();
-    return step ? this.sentence(step) : null;
-  }
-
   protected table(): Table {
-    const { store, trans } = this.context;
+    const { trans } = this.context;
     return {
       columns: [
         trans.__('step'),
@@ -104,21 +91,18 @@ export class KvPlot extends StepPlot {
         trans.__('filled slots'),
         trans.__('slots of used blocks')
       ],
-      rows: store.steps
-        .last(100)
-        .reverse()
-        .map(({ event: { step, kv } }) => [
-          step,
-          count(kv.used_blocks),
-          count(kv.cached_blocks),
-          count(kv.total_blocks - kv.used_blocks - kv.cached_blocks),
-          count(kv.filled_slots),
-          count(kv.used_blocks * kv.block_size)
-        ])
+      rows: this.newest(({ event: { step, kv } }) => [
+        step,
+        count(kv.used_blocks),
+        count(kv.cached_blocks),
+        count(kv.total_blocks - kv.used_blocks - kv.cached_blocks),
+        count(kv.filled_slots),
+        count(kv.used_blocks * kv.block_size)
+      ])
     };
   }
 
-  private sentence({ event: { step, kv } }: StepRecord): string {
+  protected override sentence({ event: { step, kv } }: StepRecord): string {
     const { trans } = this.context;
     const slots = kv.used_blocks * kv.block_size;
     return trans.__(

@@ -8,7 +8,7 @@ import type { Bokeh, ColumnDataSource, Figure, Range1d } from './bokeh';
 import { kindColour } from './colours';
 import { count, duration, significant } from './format';
 import { Plot } from './plot';
-import type { LegendEntry, Table } from './plot';
+import type { LegendEntry, Table } from './card';
 import type { ViewContext } from './view';
 import { changes, kindName } from './words';
 
@@ -113,7 +113,7 @@ export class LatencyPlot extends Plot {
     this.paintGlyphs();
   }
 
-  protected draw(): string {
+  protected fill(): string {
     const { store, trans, theme } = this.context;
     const requests = this.choose();
     this.points = requests.flatMap(pointsOf);
@@ -312,7 +312,7 @@ export class LatencyPlot extends Plot {
   private switchLabel(epoch: number): string {
     const event = this.context.store.epochs.get(epoch);
     return event && event.changed.length > 0
-      ? changes(event, this.context.trans, name => this.title(name))
+      ? changes(event, this.context.trans, name => this.featureTitle(name))
       : this.context.trans.__('epoch %1', epoch);
   }
 
@@ -324,7 +324,7 @@ export class LatencyPlot extends Plot {
       : this.context.trans.__('epoch %1', epoch);
   }
 
-  private title(name: string): string {
+  private featureTitle(name: string): string {
     return this.context.store.specs.find(spec => spec.name === name)?.title ?? name;
   }
 }

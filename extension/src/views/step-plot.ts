@@ -2,12 +2,13 @@
 
 import { minMaxIndices } from '../telemetry/statistics';
 import type { StepRecord } from '../telemetry/store';
-import type { Bokeh, Range1d } from './bokeh';
+import type { Bokeh, Figure, Range1d } from './bokeh';
 import { duration } from './format';
 import { Plot } from './plot';
 
 /** More columns than this could not be told apart. */
 const COLUMNS = 180;
+const TABLE_ROWS = 100;
 
 export abstract class StepPlot extends Plot {
   protected shown: StepRecord[] = [];
@@ -15,10 +16,34 @@ export abstract class StepPlot extends Plot {
   protected xRange: Range1d | null = null;
   protected yRange: Range1d | null = null;
 
-  protected makeRanges(bokeh: Bokeh): { x_range: Range1d; y_range: Range1d } {
+  /** A step in words; a plot that says more of the selection overrides {@link describe}. */
+  protected sentence(step: StepRecord): string {
+    return this.context.trans.__('step %1: %2', step.event.step, this.stepTime(step));
+  }
+
+  protected describe(): string | null {
+    const step = this.selected();
+    return step ? this.sentence(step) : null;
+  }
+
+  /** A figure over engine steps, its ranges at hand. */
+  protected stepFigure(bokeh: Bokeh, shared: { tools: string; height: number }, yLabel: string): Figure {
     this.xRange = new bokeh.Range1d({ start: 0, end: 60 });
     this.yRange = new bokeh.Range1d({ start: 0, end: 1 });
-    return { x_range: this.xRange, y_range: this.yRange };
+    return bokeh.figure({
+      ...shared,
+      x_range: this.xRange,
+      y_range: this.yRange,
+      toolbar_location: null,
+      sizing_mode: 'stretch_width',
+      x_axis_label: this.context.trans.__('engine step'),
+      y_axis_label: yLabel
+    });
+  }
+
+  /** Rows of a table of the newest steps, the newest first. */
+  protected newest(row: (step: StepRecord) => (string | number)[]): (string | number)[][] {
+    return this.context.store.steps.last(TABLE_ROWS).reverse().map(row);
   }
 
   /**

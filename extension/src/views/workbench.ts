@@ -15,10 +15,10 @@ import { KvPlot } from './kv-plot';
 import { LatencyPlot } from './latency-plot';
 import { PaintLoop } from './loop';
 import type { PaintStats } from './loop';
-import type { Plot } from './plot';
 import { PromptBox } from './prompt-box';
 import type { RecordingHost } from './recorder';
 import { Recorder } from './recorder';
+import { RequestTimeline } from './request-timeline';
 import { Selection } from './selection';
 import { StatusBar } from './status-bar';
 import { Switchboard } from './switchboard';
@@ -69,7 +69,7 @@ export class Workbench {
   readonly element: HTMLElement;
   readonly switchboard: Switchboard;
   private readonly views: View[];
-  private readonly plots: (Plot | Card)[];
+  private readonly plots: Card[];
   private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean };
   private readonly loop: PaintLoop;
   private readonly stops: (() => void)[] = [];
@@ -119,6 +119,7 @@ export class Workbench {
     const strip = new TokenStrip(this.context);
     const why = new TokenWhy(this.context);
     this.plots = [
+      new RequestTimeline(this.context),
       new LatencyPlot(this.context),
       new AttributionPlot(this.context),
       new BatchPlot(this.context),
