@@ -33,6 +33,8 @@ export interface CardOptions {
   keys: string;
   /** Between the title and the table button. */
   controls?: Child[];
+  /** Made of text and controls that speak for themselves, instead of a picture. */
+  readable?: boolean;
 }
 
 /** Figures repaint less often than text: a canvas costs more. One of them every 60 ms or so. */
@@ -53,6 +55,7 @@ export abstract class Card implements View {
     attrs: { hidden: true, tabindex: 0, role: 'region' }
   });
   private readonly tableButton: HTMLButtonElement;
+  private readonly readable: boolean;
   private started = false;
   private paintedVersion = -1;
   private caption = '';
@@ -77,9 +80,12 @@ export abstract class Card implements View {
       attrs: { type: 'button', 'aria-pressed': 'false', 'aria-controls': tableId },
       on: { click: () => this.toggleTable() }
     });
+    this.readable = options.readable ?? false;
     this.frame = h('div', {
-      class: 'iw-plot',
-      attrs: { tabindex: 0, role: 'img', 'aria-label': options.title, 'aria-description': options.keys },
+      class: this.readable ? 'iw-readable' : 'iw-plot',
+      attrs: this.readable
+        ? {}
+        : { tabindex: 0, role: 'img', 'aria-label': options.title, 'aria-description': options.keys },
       on: {
         keydown: event => this.onKey(event),
         blur: () => context.selection.set(null)
@@ -166,7 +172,9 @@ export abstract class Card implements View {
     const text = this.describe() ?? this.caption;
     setText(this.captionElement, text);
     this.captionElement.hidden = text === '';
-    this.frame.setAttribute('aria-label', `${this.title}. ${text}`);
+    if (!this.readable) {
+      this.frame.setAttribute('aria-label', `${this.title}. ${text}`);
+    }
   }
 
   protected drawLegend(): void {

@@ -8,17 +8,21 @@ import type { ReplaySource } from '../replay/source';
 import { AttributionPlot } from './attribution-plot';
 import { BatchPlot } from './batch-plot';
 import { h } from './dom';
+import { Economy } from './economy';
 import { EventFeed } from './event-feed';
 import type { Card } from './card';
 import { KvMap } from './kv-map';
 import { KvPlot } from './kv-plot';
+import { LatencyHistogram } from './latency-histogram';
 import { LatencyPlot } from './latency-plot';
 import { PaintLoop } from './loop';
+import { MemoryBar } from './memory-bar';
 import type { PaintStats } from './loop';
 import { PromptBox } from './prompt-box';
 import type { RecordingHost } from './recorder';
 import { Recorder } from './recorder';
 import { RequestTimeline } from './request-timeline';
+import { Roofline } from './roofline';
 import { Selection } from './selection';
 import { StatusBar } from './status-bar';
 import { Switchboard } from './switchboard';
@@ -124,7 +128,11 @@ export class Workbench {
       new AttributionPlot(this.context),
       new BatchPlot(this.context),
       new KvPlot(this.context),
-      new KvMap(this.context)
+      new KvMap(this.context),
+      new LatencyHistogram(this.context),
+      new Roofline(this.context),
+      new Economy(this.context),
+      new MemoryBar(this.context)
     ];
     const feed = new EventFeed(this.context);
     this.views = [status, recorder, transport, tiles, prompt, traffic, this.switchboard, strip, why, feed].filter(
