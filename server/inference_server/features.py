@@ -6,11 +6,11 @@ the exact settings it was measured under.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from inference_server.protocol import Cost, FeatureSpec
+from inference_server.protocol import Cost, FeaturePreset, FeatureRelation, FeatureSpec
 
 FeatureValue = bool | int | str
 
@@ -303,6 +303,97 @@ CONFLICTS = (
         "a shared prefix lies in blocks of another request, and a contiguous reservation has to be in one piece",
     ),
 )
+
+
+_NEEDS: dict[str, tuple[str, tuple[FeatureValue, ...], str]] = {
+    "kv_layout": ("kv_cache", (True,), "nothing is kept without a KV cache"),
+    "block_size": ("kv_cache", (True,), "nothing is kept without a KV cache"),
+    "kv_cache_dtype": ("kv_cache", (True,), "nothing is kept without a KV cache"),
+    "prefix_cache_read": ("kv_cache", (True,), "nothing is kept without a KV cache"),
+    "prefix_cache_write": ("kv_cache", (True,), "nothing is kept without a KV cache"),
+    "preemption": ("kv_cache", (True,), "without a KV cache its memory cannot run out"),
+    "max_num_seqs": ("batching", ("continuous", "static"), "one request at a time is a batch of one"),
+    "cuda_graphs": ("fast_path", (True,), "the fast path’s steps are what is recorded"),
+    "overlap": ("fast_path", (True,), "only the fast path’s tokens can stay on the device"),
+    "compiled": ("fast_path", (False,), "the fast path goes first"),
+    "num_speculative_tokens": ("speculation", ("ngram", "draft", "early_exit", "eagle"), "nothing is proposed"),
+    "early_exit_layers": ("speculation", ("early_exit",), "nothing is proposed by the first layers"),
+    "int4_group": ("weight_precision", ("int4",), "no weight is stored in 4 bits"),
+    "int4_grid": ("weight_precision", ("int4",), "no weight is stored in 4 bits"),
+}
+"""For each feature that may make no difference: the feature and the values that it needs, and why."""
+
+
+def _with_relations(spec: FeatureSpec) -> FeatureSpec:
+    names = set(Features.__struct_fields__)
+    conflicts = tuple(
+        FeatureRelation(value=conflict.settings[spec.name], other=other, values=(value,), reason=conflict.reason)
+        for conflict in CONFLICTS
+        if spec.name in conflict.settings
+        for other, value in conflict.settings.items()
+        if other != spec.name
+    )
+    other, values, reason = _NEEDS.get(spec.name, ("", (), ""))
+    needs = (FeatureRelation(value=None, other=other, values=values, reason=reason),) if other in names else ()
+    return msgspec.structs.replace(spec, conflicts=conflicts, needs=needs)
+
+
+SPECS = tuple(_with_relations(spec) for spec in SPECS)
+
+_PRESETS = (
+    FeaturePreset(
+        name="naive",
+        title="Naive",
+        description=(
+            "One request at a time, every token computes its whole text again, through the library’s own modules: how "
+            "a first script would do it."
+        ),
+        values={
+            "speculation": "off", "kv_cache": False, "prefix_cache_read": False, "prefix_cache_write": False,
+            "batching": "single", "chunked_prefill": False, "response_cache": False, "fast_path": False,
+            "cuda_graphs": False, "overlap": False, "compiled": False,
+        },
+    ),
+    FeaturePreset(
+        name="vllm-like",
+        title="vLLM-like",
+        description=(
+            "What a production server does when it is started with its defaults: paged KV cache, prefix cache, "
+            "continuous batching, chunked prefill, fused kernels and recorded graphs."
+        ),
+        values={
+            "kv_cache": True, "kv_layout": "paged", "block_size": 16, "prefix_cache_read": True,
+            "prefix_cache_write": True, "batching": "continuous", "scheduling_policy": "fcfs", "chunked_prefill": True,
+            "preemption": "recompute", "response_cache": False, "max_num_batched_tokens": 2048, "fast_path": True,
+            "cuda_graphs": True, "overlap": True, "compiled": False, "speculation": "off",
+        },
+    ),
+    FeaturePreset(
+        name="everything",
+        title="Everything on",
+        description=(
+            "Every optimization that leaves the distribution of the output alone: that of a production server, the "
+            "response cache, and tokens proposed from the text so far."
+        ),
+        values={
+            "kv_cache": True, "kv_layout": "paged", "block_size": 16, "prefix_cache_read": True,
+            "prefix_cache_write": True, "batching": "continuous", "scheduling_policy": "fcfs", "chunked_prefill": True,
+            "preemption": "recompute", "response_cache": True, "max_num_batched_tokens": 2048, "fast_path": True,
+            "cuda_graphs": True, "overlap": True, "compiled": False, "speculation": "ngram",
+        },
+    ),
+)  # fmt: skip
+
+
+def presets(specs: Iterable[FeatureSpec]) -> tuple[FeaturePreset, ...]:
+    """Return the presets with the values that can be set on a server that describes its features by ``specs``."""
+    available = {spec.name for spec in specs if spec.available}
+    return tuple(
+        msgspec.structs.replace(
+            preset, values={name: value for name, value in preset.values.items() if name in available}
+        )
+        for preset in _PRESETS
+    )
 
 
 def _spell(value: FeatureValue) -> str:

@@ -199,6 +199,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Feature values to start with, where they differ from the defaults."""
 
 
+class FeatureRelation(msgspec.Struct, frozen=True, kw_only=True):
+    """How one feature's value depends on another feature."""
+
+    value: bool | int | str | None
+    """The value this is about; ``None`` for every value."""
+    other: str
+    values: tuple[bool | int | str, ...]
+    """Values of the other feature."""
+    reason: str
+
+
+class FeaturePreset(msgspec.Struct, frozen=True, kw_only=True):
+    """Feature values that are thrown together."""
+
+    name: str
+    title: str
+    description: str
+    values: dict[str, bool | int | str]
+
+
 class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One switch, described well enough to draw it, explain it and validate it."""
 
@@ -214,6 +234,10 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
     maximum: int | None = None
     available: bool = True
     unavailable_reason: str | None = None
+    conflicts: tuple[FeatureRelation, ...] = ()
+    """With which values of other features a value cannot hold together."""
+    needs: tuple[FeatureRelation, ...] = ()
+    """Which values another feature must have for this one to make a difference."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -832,6 +856,7 @@ class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """Of the loaded model's device and dtype, once measured."""
     traffic: TrafficEvent | None = None
     """What the load generator does, or did last."""
+    presets: tuple[FeaturePreset, ...] = ()
     kv: KvEvents | None = None
     """Operations that lead from nothing to the KV cache as it is now; ``None`` while no block is logged."""
 

@@ -58,6 +58,16 @@ def test_a_refused_switch_says_why_and_changes_nothing(wb, name, value, words):
     assert wb._call("GET", "/features")["values"] == before
 
 
+def test_every_preset_is_accepted_and_sets_what_it_says(wb):
+    before = dict(wb.features)
+    for preset in wb.features.presets():
+        assert preset.values
+        assert wb.features.preset(preset.name).values.items() >= preset.values.items()
+    with pytest.raises(iw.FeatureRefusedError, match="vllm-like"):
+        wb.features.preset("vllm")
+    wb.features.update(before)
+
+
 def test_the_description_names_the_cost_of_every_switch(wb):
     table = wb.features.describe()
     assert table.loc["kv_cache", "cost"] == "recompute"

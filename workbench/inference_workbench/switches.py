@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from inference_server.features import FeatureError, FeatureValue, validate
-from inference_server.protocol import Cost, FeatureSpec
+from inference_server.features import FeatureError, FeatureValue, presets, validate
+from inference_server.protocol import Cost, FeaturePreset, FeatureSpec
 from inference_workbench.errors import FeatureRefusedError, RequestError
 from inference_workbench.store import EventStore
 
@@ -91,6 +91,10 @@ class Switches(MutableMapping[str, FeatureValue]):
             self._fetch()
         return dict(self._specs)
 
+    def presets(self) -> tuple[FeaturePreset, ...]:
+        """Return the presets, with the values that this server can set."""
+        return presets(self.specs().values())
+
     def describe(self) -> pd.DataFrame:
         """Return a table of the switches: value, default, what may be chosen, cost, description."""
         answer = self._fetch()
@@ -148,6 +152,29 @@ class Switches(MutableMapping[str, FeatureValue]):
             If a name or value is not allowed. Nothing was changed then.
         """
         return self._apply({**dict(*args), **values})
+
+    def preset(self, name: str) -> AppliedSwitch:
+        """Throw the switches of a preset together: ``"naive"``, ``"vllm-like"`` or ``"everything"``.
+
+        Parameters
+        ----------
+        name
+            One of ``presets()``.
+
+        Returns
+        -------
+        AppliedSwitch
+            What was changed and what it cost.
+
+        Raises
+        ------
+        FeatureRefusedError
+            If there is no such preset.
+        """
+        known = {preset.name: preset.values for preset in self.presets()}
+        if name not in known:
+            raise FeatureRefusedError(f"There is no preset {name!r}. The presets are: {', '.join(known)}.")
+        return self._apply(known[name])
 
     def __setitem__(self, name: str, value: FeatureValue) -> None:
         self._apply({name: value})

@@ -73,6 +73,23 @@ export interface Capacity {
   max_model_len: number;
 }
 
+/** How one feature's value depends on another feature. */
+export interface FeatureRelation {
+  /** The value this is about; null for every value. */
+  value: FeatureValue | null;
+  other: string;
+  values: FeatureValue[];
+  reason: string;
+}
+
+/** Feature values that are thrown together. */
+export interface FeaturePreset {
+  name: string;
+  title: string;
+  description: string;
+  values: Record<string, FeatureValue>;
+}
+
 export interface FeatureSpec {
   name: string;
   title: string;
@@ -86,6 +103,10 @@ export interface FeatureSpec {
   maximum: number | null;
   available: boolean;
   unavailable_reason: string | null;
+  /** With which values of other features a value cannot hold together. */
+  conflicts?: FeatureRelation[];
+  /** Which values another feature must have for this one to make a difference. */
+  needs?: FeatureRelation[];
 }
 
 export interface KvUsage {
@@ -284,6 +305,8 @@ export interface Ceilings {
   flops_per_s: number;
   measured_at: string;
   seconds: number;
+  /** Cores that other processes kept busy meanwhile. */
+  others_cores?: number;
   versions: Record<string, string>;
 }
 
@@ -372,6 +395,7 @@ export interface Snapshot {
   traffic?: TrafficEvent | null;
   recordings?: RecordingEvent[];
   ceilings?: Ceilings | null;
+  presets?: FeaturePreset[];
   /** Operations that lead from nothing to the KV cache as it is now. */
   kv?: KvEvents | null;
 }

@@ -11,6 +11,7 @@ import type {
   Ceilings,
   DeviceEvent,
   EngineEvent,
+  FeaturePreset,
   FeatureSpec,
   FeaturesEvent,
   FeatureValue,
@@ -174,6 +175,7 @@ export class TelemetryStore {
   model: ModelInfo | null = null;
   capacity: Capacity | null = null;
   specs: FeatureSpec[] = [];
+  presets: FeaturePreset[] = [];
   features: FeaturesEvent | null = null;
   /** What the machine can do at best, once measured. */
   ceilings: Ceilings | null = null;
@@ -241,6 +243,7 @@ export class TelemetryStore {
     this.model = snapshot.model;
     this.capacity = snapshot.capacity;
     this.specs = snapshot.specs;
+    this.presets = snapshot.presets ?? [];
     this.features = snapshot.features;
     this.ceilings = snapshot.ceilings ?? null;
     this.tasks.clear();

@@ -37,9 +37,11 @@ export interface CardOptions {
   readable?: boolean;
 }
 
-/** Figures repaint less often than text: a canvas costs more. One of them every 60 ms or so. */
+/** Figures repaint less often than text: a canvas costs more. */
 const INTERVAL_MS = 250;
 const HURRIED_INTERVAL_MS = 600;
+/** What is scrolled out of sight only has to be roughly right when it comes back. */
+const UNSEEN_INTERVAL_MS = 3000;
 
 export abstract class Card implements View {
   readonly element: HTMLElement;
@@ -61,6 +63,7 @@ export abstract class Card implements View {
   private caption = '';
   private readonly stopSelection: () => void;
   protected disposed = false;
+  private seen = true;
   /** When it was last painted, on the page's clock. */
   paintedAt = -Infinity;
 
@@ -96,7 +99,7 @@ export abstract class Card implements View {
       { class: `iw-card iw-plot-card iw-plot-${options.name}`, attrs: { 'aria-label': options.title } },
       h(
         'div',
-        { class: 'iw-card-head' },
+        { class: options.controls ? 'iw-card-head iw-wraps' : 'iw-card-head' },
         h('h3', { text: options.title }),
         measuredBadge(trans, options.title, options.definition),
         h('span', { class: 'iw-spring' }),
@@ -108,7 +111,13 @@ export abstract class Card implements View {
       this.tableElement,
       this.captionElement
     );
-    this.stopSelection = context.selection.onChange(() => this.onSelection());
+    this.stopSelection = context.selection.onChange(() => {
+      if (this.seen) {
+        this.onSelection();
+      } else {
+        this.showCaption();
+      }
+    });
   }
 
   update(): void {
@@ -122,8 +131,20 @@ export abstract class Card implements View {
 
   /** Stale, and not painted a moment ago. */
   get due(): boolean {
-    const interval = this.context.hurried ? HURRIED_INTERVAL_MS : this.intervalMs;
+    const interval = !this.seen ? UNSEEN_INTERVAL_MS : this.context.hurried ? HURRIED_INTERVAL_MS : this.intervalMs;
     return this.stale && pageNow() - this.paintedAt >= interval;
+  }
+
+  /** Is it within what the reader has scrolled to? */
+  get onScreen(): boolean {
+    return this.seen;
+  }
+
+  setOnScreen(seen: boolean): void {
+    this.seen = seen;
+    if (seen) {
+      this.onSelection();
+    }
   }
 
   restyle(): void {

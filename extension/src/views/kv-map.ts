@@ -416,7 +416,7 @@ export class KvMap extends Card {
     context.globalAlpha = 1;
     context.fillStyle = palette.ground;
     context.fillRect(x, y, cell, cell);
-    context.globalAlpha = dim ? 0.25 : 1;
+    context.globalAlpha = dim ? 0.25 : look === BlockLook.Free ? 0.35 : 1;
     if (look === BlockLook.Free || look === BlockLook.Cached) {
       const colour = look === BlockLook.Cached ? palette.cached : palette.border;
       if (cell >= 5) {
@@ -495,7 +495,7 @@ export class KvMap extends Card {
     const phase = theme.dark ? PHASE_ON_DARK : PHASE;
     return {
       free: theme.ground,
-      border: theme.line,
+      border: theme.softInk,
       cached: phase.cacheHit,
       prompt: phase.prefill,
       output: phase.decode,

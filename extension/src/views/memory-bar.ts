@@ -61,6 +61,7 @@ export class MemoryBar extends Card {
       PARTS.map(part => [part, h('span', { class: 'iw-why-segment iw-part', attrs: { 'data-part': part } })])
     ) as Record<Part, HTMLElement>;
     this.bar.append(...PARTS.map(part => this.segments[part]));
+    this.element.classList.add('iw-wide');
     this.frame.append(this.bar);
   }
 
@@ -103,7 +104,10 @@ export class MemoryBar extends Card {
   }
 
   protected legend(): LegendEntry[] {
-    return PARTS.map(part => this.entry(part));
+    const { softInk } = this.context.theme;
+    return PARTS.map(part =>
+      part === 'free' ? { ...this.entry(part), colour: softInk, look: 'outline' } : this.entry(part)
+    );
   }
 
   protected table(): Table {
@@ -139,7 +143,7 @@ export class MemoryBar extends Card {
       cached: { colour: phase.cacheHit, text },
       reserved: { colour: theme.ground, text, hatch: 'diagonal', line: theme.softInk },
       other: { colour: '#8E8E8E', text },
-      free: { colour: theme.ground, text, look: 'outline' }
+      free: { colour: theme.ground, text }
     };
     return looks[part];
   }

@@ -16,6 +16,8 @@ import type { ViewContext } from './view';
 
 const MOST_POINTS = 300;
 const TABLE_ROWS = 100;
+/** Of others, while the ceilings were measured: from here on they may be too low (`docs/metrics.md`). */
+const BUSY_CORES = 0.2;
 
 /** A step as a point: what it had to do, and how quickly it did. */
 export interface RooflinePoint {
@@ -174,8 +176,16 @@ export class Roofline extends Plot {
         bytes(ceilings.read_bytes_per_s),
         magnitude(ceilings.flops_per_s),
         ceilings.dtype
-      )
-    ].join(' · ');
+      ),
+      (ceilings.others_cores ?? 0) > BUSY_CORES
+        ? trans.__(
+            'perhaps too low: others kept %1 cores busy when they were measured',
+            significant(ceilings.others_cores!)
+          )
+        : ''
+    ]
+      .filter(Boolean)
+      .join(' · ');
   }
 
   protected legend(): LegendEntry[] {

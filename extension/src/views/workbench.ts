@@ -129,10 +129,10 @@ export class Workbench {
       new BatchPlot(this.context),
       new KvPlot(this.context),
       new KvMap(this.context),
+      new MemoryBar(this.context),
       new LatencyHistogram(this.context),
       new Roofline(this.context),
-      new Economy(this.context),
-      new MemoryBar(this.context)
+      new Economy(this.context)
     ];
     const feed = new EventFeed(this.context);
     this.views = [status, recorder, transport, tiles, prompt, traffic, this.switchboard, strip, why, feed].filter(
@@ -191,7 +191,7 @@ export class Workbench {
     }
     const seen = new IntersectionObserver(() => this.loop.requestNow());
     seen.observe(this.element);
-    this.stops.push(() => seen.disconnect());
+    this.stops.push(() => seen.disconnect(), this.watchScrolling());
     // Colours come from CSS, which applies once the element is in the page.
     requestAnimationFrame(() => this.restyle());
     this.loop.requestNow();
@@ -251,6 +251,22 @@ export class Workbench {
     this.views.forEach(view => view.update());
   }
 
+  /** Know which figures are scrolled out of sight. */
+  private watchScrolling(): () => void {
+    const cards = new Map<Element, Card>(this.plots.map(card => [card.element, card]));
+    const observer = new IntersectionObserver(
+      entries => {
+        for (const { target, isIntersecting } of entries) {
+          cards.get(target)!.setOnScreen(isIntersecting);
+        }
+        this.loop.requestNow();
+      },
+      { rootMargin: '120px' }
+    );
+    cards.forEach((_, element) => observer.observe(element));
+    return () => observer.disconnect();
+  }
+
   /** Notice when the store is exchanged many times a second, and when that is over. */
   private watchJumps(): void {
     const { generation } = this.connection.store;
@@ -290,7 +306,7 @@ export class Workbench {
         break;
       }
     }
-    if (this.plots.some(plot => plot.stale)) {
+    if (this.plots.some(plot => plot.stale && plot.onScreen)) {
       this.tail = setTimeout(() => {
         this.tail = null;
         if (!document.hidden && this.element.checkVisibility()) {

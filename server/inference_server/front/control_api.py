@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-from inference_server.features import FeatureError, validate
+from inference_server.features import FeatureError, presets, validate
 from inference_server.front.errors import ApiError
 from inference_server.front.event_log import EventLog
 from inference_server.front.requests import RequestTable
@@ -98,6 +98,7 @@ class ControlApi:
                 "epoch": current.epoch if current else ready.epoch,
                 "values": current.values if current else ready.features,
                 "specs": ready.specs,
+                "presets": presets(ready.specs),
             }
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from inference_server.features import presets
 from inference_server.front.event_log import EventLog
 from inference_server.protocol import (
     PROTOCOL_VERSION,
@@ -24,6 +25,7 @@ from inference_server.protocol import (
     ClockRequest,
     Credit,
     EngineEvent,
+    FeaturePreset,
     FeaturesEvent,
     FeatureSpec,
     KvEvents,
@@ -63,6 +65,7 @@ class _RawSnapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     recordings: list[RecordingEvent]
     traffic: TrafficEvent | None
     ceilings: Ceilings | None
+    presets: tuple[FeaturePreset, ...]
     kv: KvEvents | None
 
 
@@ -147,6 +150,7 @@ class TelemetryHub:
             recordings=self._log.recordings,
             traffic=self._log.traffic,
             ceilings=self._log.ceilings.ceilings if self._log.ceilings else None,
+            presets=presets(served.specs),
             kv=self._log.kv,
         )
         return msgspec.msgpack.encode(snapshot)
