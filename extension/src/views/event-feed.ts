@@ -28,10 +28,7 @@ export class EventFeed implements View {
 
   constructor(private readonly context: ViewContext) {
     const { trans } = context;
-    this.list = h('ol', {
-      class: 'iw-feed-list',
-      attrs: { role: 'log', tabindex: 0, 'aria-label': trans.__('Events') }
-    });
+    this.list = h('ol', { class: 'iw-feed-lines' });
     this.empty = h('p', {
       class: 'iw-empty',
       text: trans.__('Switches, requests and what happens to the engine are listed here.')
@@ -41,7 +38,11 @@ export class EventFeed implements View {
       { class: 'iw-card iw-feed', attrs: { 'aria-label': trans.__('Events') } },
       h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Events') })),
       this.empty,
-      this.list
+      h(
+        'div',
+        { class: 'iw-feed-list', attrs: { role: 'log', tabindex: 0, 'aria-label': trans.__('Events') } },
+        this.list
+      )
     );
   }
 

@@ -164,7 +164,9 @@ export class RequestTimeline extends Card {
     const now = step
       ? stretches.find(each => each.fromNs <= step.event.end_ns && step.event.end_ns <= each.toNs)
       : null;
-    const there = step && now ? trans.__(' · step %1: %2', step.event.step, phaseName(now.phase, trans)) : '';
+    const there = step
+      ? trans.__(' · step %1: %2', step.event.step, now ? phaseName(now.phase, trans) : trans.__('it had no part'))
+      : '';
     const preview = request.event?.preview ? ` “${request.event.preview.slice(0, 40)}”` : '';
     return trans.__('request #%1%2: %3', request.handle, preview, parts.join(', ')) + there;
   }

@@ -1,0 +1,193 @@
+"""Each view beside the real engine: what it shows is what the server says, by mouse, by keyboard, and for everybody."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+from jupyterlab import ROOT, JupyterLab
+from playwright.sync_api import Locator, Page, expect
+from workbench_page import finished, generate, open_panel, wait_tokens
+
+AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+def card(workbench: Locator, name: str) -> Locator:
+    found = workbench.locator(f".iw-plot-{name}")
+    found.scroll_into_view_if_needed()
+    return found
+
+
+def rows(shown: Locator) -> list[list[str]]:
+    """The table behind a view, opened for it and closed again."""
+    button = shown.locator(".iw-table-button")
+    button.click()
+    shown.locator(".iw-table-holder :is(tbody tr, .iw-empty)").first.wait_for()
+    found: list[list[str]] = shown.locator(".iw-table-holder tbody tr").evaluate_all(
+        "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    button.click()
+    return found
+
+
+def server_features(lab: JupyterLab) -> dict[str, Any]:
+    answer = httpx.get(f"{lab.workbench}features", headers=lab.headers, timeout=30)
+    values: dict[str, Any] = answer.json()["values"]
+    return values
+
+
+def test_requests_blocks_latencies_and_money_are_those_of_the_server(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    generate(workbench, "story", tokens=24, parallel=3)
+    blocks = card(workbench, "kv-map")
+    expect(blocks.locator(".iw-caption")).to_contain_text(re.compile(r"[1-9]\d* used"))
+    generate(workbench, "story", tokens=8, parallel=1)
+    finished(workbench)
+    told = httpx.get(f"{lab.workbench}requests", headers=lab.headers, timeout=30).json()["requests"]
+    newest = {f"#{each['request']}": each for each in told[-4:]}
+
+    timeline = card(workbench, "timeline")
+    shown = {row[0]: row for row in rows(timeline)}
+    for name, request in newest.items():
+        assert shown[name][1] == request["state"]
+        assert int(shown[name][2]) == request["output_tokens"]
+    timeline.locator(".iw-plot").press("ArrowLeft")
+    timeline.locator(".iw-plot").press("ArrowDown")
+    expect(timeline.locator(".iw-caption")).to_contain_text(re.compile(r"request #\d+.*decode.*step \d+: "))
+
+    # All requests have ended: their full blocks are cached, and the same prompt again shares them.
+    blocks = card(workbench, "kv-map")
+    expect(blocks.locator(".iw-caption")).to_contain_text(re.compile(r" 0 used · [1-9]\d* cached"))
+    usage = page.evaluate(
+        "(() => { const kv = window.inferenceWorkbench.store().steps.at(-1).event.kv; return kv; })()"
+    )
+    kv = page.evaluate(
+        """() => {
+          const { kv } = window.inferenceWorkbench.store();
+          const states = Array.from({ length: kv.numBlocks }, (_, block) => kv.state(block));
+          return { blocks: kv.numBlocks, used: states.filter(each => each === 'used').length,
+                   cached: states.filter(each => each === 'cached').length };
+        }"""
+    )
+    assert kv["blocks"] == usage["total_blocks"]
+    assert kv["used"] == 0
+    assert kv["cached"] >= usage["cached_blocks"]  # the newest step still counted its own requests' blocks
+    picture = blocks.locator(".iw-plot")
+    picture.press("ArrowRight")
+    expect(blocks.locator(".iw-caption")).to_contain_text("block 0")
+
+    quantiles = card(workbench, "histogram").locator("[data-latency-row=e2e] td")
+    ended = [each for each in told if each["state"] == "finished"]
+    expect(quantiles.first).to_have_text(str(len(ended)))
+    slowest = max(each["last_token_ns"] - each["arrival_ns"] for each in ended) / 1e6
+    assert float(quantiles.last.inner_text().replace(",", "")) == pytest.approx(slowest, rel=0.01)
+
+    economy = card(workbench, "economy")
+    workbench.locator("[data-window='0']").click()
+    economy.locator(".iw-price").fill("3.6")
+    expect(economy.locator("[data-figure=cost-output]")).to_have_text(re.compile(r"^[\d.,]+$"))
+    time = page.evaluate("document.querySelector('.iw-plot-economy .iw-caption').textContent")
+    assert "output tokens" in time
+    priced = rows(economy)
+    output = next(row for row in priced if "decode" in row[0])
+    assert int(output[3].replace(",", "")) == page.evaluate("window.inferenceWorkbench.store().tokens.length")
+    expect(card(workbench, "memory").locator(".iw-caption")).to_contain_text("weights")
+
+
+def test_the_whole_switchboard_works_by_keyboard_with_presets_undo_and_effect(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    before = server_features(lab)
+    # Everything that can be switched is reached by the tabulator, in order, and by nothing else.
+    board = workbench.locator(".iw-switchboard")
+    board.locator("[data-action=undo-switch], [data-action=explain]").last.focus()
+    reached: set[str] = set()
+    wanted = set(
+        board.locator("[data-feature]:has(:is(input, select):not(:disabled))").evaluate_all(
+            "all => all.map(each => each.dataset.feature)"
+        )
+    )
+    for _ in range(3 * len(wanted) + 10):
+        page.keyboard.press("Tab")
+        name = page.evaluate("document.activeElement.closest('[data-feature]')?.dataset.feature ?? null")
+        if name is not None:
+            reached.add(name)
+    assert reached == wanted
+
+    generate(workbench, "long", tokens=120)
+    wait_tokens(page, 25)
+    toggle = board.locator("[data-feature=fast_path] .iw-toggle")
+    toggle.focus()
+    toggle.press("Space")
+    effect = board.locator("[data-feature=fast_path] .iw-switch-effect")
+    expect(effect).to_contain_text(re.compile(r"tok/s \(× [\d.]+\).*ITL p50 [\d.]+ → [\d.]+ ms.*steps on either side"))
+    expect(board.locator("[data-feature=compiled] .iw-switch-idle")).to_be_hidden()  # it has its turn now
+    undo = board.locator("[data-action=undo-switch]")
+    expect(undo).to_have_attribute("title", re.compile("Fast path on"))
+    undo.press("Enter")
+    expect(toggle).to_be_checked()
+    expect(undo).to_be_disabled()
+    expect(board.locator("[data-feature=compiled] .iw-switch-idle")).to_contain_text(
+        "Makes no difference unless Fast path"
+    )
+    finished(workbench)
+
+    naive = board.locator("[data-feature-preset=naive]")
+    naive.press("Enter")
+    expect(naive).to_have_attribute("aria-pressed", "true")
+    assert server_features(lab)["kv_cache"] is False
+    undo.press("Enter")
+    expect(naive).to_have_attribute("aria-pressed", "false")
+    assert server_features(lab) == before
+
+
+def test_what_excludes_a_switch_is_said_and_thrown_with_it(page: Page, lab: JupyterLab, complaints: list[str]) -> None:
+    workbench = open_panel(page, lab)
+    before = server_features(lab)
+    layout = workbench.locator("[data-feature=kv_layout]")
+    layout.locator("select").select_option("contiguous")
+    expect(layout.locator(".iw-switch-result")).to_contain_text("exclude each other")
+    assert len(complaints) == 1
+    assert "422" in complaints.pop()
+    remedy = layout.locator("[data-action=switch-both]")
+    expect(remedy).to_contain_text("Prefix cache: read off")
+    remedy.click()
+    expect(layout.locator(".iw-switch-result")).to_contain_text("applied in")
+    values = server_features(lab)
+    assert (values["kv_layout"], values["prefix_cache_read"]) == ("contiguous", False)
+    workbench.locator("[data-action=undo-switch]").click()
+    expect(layout.locator("select")).to_have_value("paged")
+    assert server_features(lab) == before
+
+
+def serious(page: Page, within: str) -> list[str]:
+    """What axe-core finds that keeps somebody out."""
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=AXE)
+    found = page.evaluate(
+        "within => axe.run(within, { resultTypes: ['violations'] }).then(result => result.violations)", within
+    )
+    return [
+        f"{each['id']} ({each['impact']}): {node['html'][:160]} {node.get('failureSummary', '')[:300]}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark", "JupyterLab Dark High Contrast"])
+def test_nobody_is_kept_out(page: Page, lab: JupyterLab, theme: str) -> None:
+    workbench = open_panel(page, lab)
+    if theme != "JupyterLab Light":
+        page.get_by_role("menuitem", name="Settings").click()
+        page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{theme}$")).click()
+        page.wait_for_timeout(1500)
+    generate(workbench, "story", tokens=16, parallel=2)
+    finished(workbench)
+    workbench.locator(".iw-row-text .iw-token").nth(3).click()
+    assert serious(page, ".iw-workbench") == []
+    for each in workbench.locator(".iw-table-button").all():
+        each.click()
+    assert serious(page, ".iw-workbench") == []
