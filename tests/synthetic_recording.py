@@ -80,6 +80,8 @@ def write_recording(
     seed: int = 1,
     name: str = "synthetic",
     pause_s: float = 0.0,
+    step_ms: float | None = None,
+    blocks: int = BLOCKS,
     journal_only: bool = False,
 ) -> Path:
     """Write a recording with at least ``tokens`` tokens and a switch in its middle.
@@ -94,6 +96,10 @@ def write_recording(
         Output tokens of each request, give or take a third.
     pause_s
         Silence in the middle, seconds.
+    step_ms
+        How long each step's forward pass takes; by default as long as its requests need.
+    blocks
+        Of the KV cache.
     journal_only
         Leave the journal as it is while recording: without an end.
 
@@ -121,7 +127,7 @@ def write_recording(
     journal_path = path.with_suffix(".iwjournal")
     journal = JournalWriter(journal_path, manifest, max_bytes=1 << 31)
     capacity = Capacity(
-        block_size=BLOCK, num_blocks=BLOCKS, kv_bytes=BLOCKS * BLOCK * 23040, kv_bytes_per_token=23040,
+        block_size=BLOCK, num_blocks=blocks, kv_bytes=blocks * BLOCK * 23040, kv_bytes_per_token=23040,
         max_num_seqs=256, max_model_len=2048,
     )  # fmt: skip
     journal.add(JournalServed(served=Served(since_ns=BEGIN_NS, model=MODEL, capacity=capacity, specs=SPECS)))
@@ -132,7 +138,7 @@ def write_recording(
     epoch = 0
     switched = False
     next_device = now
-    pool = BlockPool(BLOCKS, BLOCK)
+    pool = BlockPool(blocks, BLOCK)
     pool.listen()
     while produced < tokens or running:
         while len(running) < parallel and produced < tokens:
@@ -152,6 +158,8 @@ def write_recording(
             journal.add(_features(1, features, ("prefix_cache_read",), now))
         begin = now + draw.randrange(100_000, 600_000)
         forward = sum(request.prompt * 30_000 if request.made == 0 else 900_000 for request in running) + 3 * MS
+        if step_ms is not None:
+            forward = int(step_ms * MS)
         if draw.random() < 0.01:
             forward *= 6  # a stall that has to survive the thinning of plots
         schedule, prepare, sample, update = (draw.randrange(20_000, 200_000) for _ in range(4))

@@ -13,14 +13,16 @@ import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 
 import { workbenchIcon } from './lab/icon';
-import { insertConnectCell } from './lab/notebook-cell';
+import { insertCell, insertConnectCell } from './lab/notebook-cell';
 import { WorkbenchPanel } from './lab/panel';
 import { recordingsPlugin } from './lab/recordings-plugin';
 import { InferenceServer } from './lab/server';
 import { StatusItem } from './lab/status-item';
 import { openTeachingLayout, TEACH_PARAMETER } from './lab/teaching';
 import { CATEGORY, CommandIds, IInferenceServer, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
+import { addViewCommands } from './lab/view-commands';
 import type { FeatureValue } from './telemetry/protocol';
+import type { LayoutName } from './views/arrangement';
 import type { WorkbenchOptions } from './views/workbench';
 
 const serverPlugin: JupyterFrontEndPlugin<IInferenceServer> = {
@@ -69,7 +71,11 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         let widget = tracker.currentWidget ?? tracker.find(() => true);
         if (!widget || widget.isDisposed) {
           widget = new MainAreaWidget({
-            content: new WorkbenchPanel(server.use(), { ...options, recordings: () => server.recordings })
+            content: new WorkbenchPanel(server.use(), {
+              ...options,
+              recordings: () => server.recordings,
+              cells: () => server.cells
+            })
           });
           widget.id = 'inference-workbench-panel';
           widget.title.label = trans.__('Inference Workbench');
@@ -125,6 +131,7 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
       describedBy: { args: { type: 'object', properties: {} } },
       execute: () => server.use().engine('wake')
     });
+    addViewCommands(app, server, { tracker, options, restorer, palette, trans });
     const inPalette = [
       CommandIds.open,
       CommandIds.setFeature,
@@ -145,6 +152,7 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         const apply = () => {
           options.repaintRate = loaded.get('repaintRate').composite as number;
           options.windowSeconds = loaded.get('windowSeconds').composite as number;
+          options.layout = loaded.get('layout').composite as LayoutName;
           tracker.forEach(widget => {
             widget.content.workbench.setRepaintRate(options.repaintRate!);
             widget.content.workbench.setWindow(options.windowSeconds!);
@@ -234,14 +242,18 @@ const notebookPlugin: JupyterFrontEndPlugin<void> = {
   description: 'Adds a command that inserts the cell which connects a notebook to the workbench.',
   autoStart: true,
   requires: [INotebookTracker],
-  optional: [ICommandPalette, ITranslator],
+  optional: [IInferenceServer, ICommandPalette, ITranslator],
   activate: (
     app: JupyterFrontEnd,
     notebooks: INotebookTracker,
+    server: IInferenceServer | null,
     palette: ICommandPalette | null,
     translator: ITranslator | null
   ) => {
     const trans = (translator ?? nullTranslator).load(PLUGIN_NAMESPACE);
+    if (server) {
+      server.cells = code => Promise.resolve(insertCell(notebooks, code));
+    }
     app.commands.addCommand(CommandIds.insertConnect, {
       label: trans.__('Insert a Cell That Connects to the Inference Server'),
       describedBy: { args: { type: 'object', properties: {} } },

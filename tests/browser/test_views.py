@@ -9,7 +9,7 @@ import httpx
 import pytest
 from jupyterlab import ROOT, JupyterLab
 from playwright.sync_api import Locator, Page, expect
-from workbench_page import finished, generate, open_panel, wait_tokens
+from workbench_page import READY_MS, finished, generate, open_panel, wait_ready, wait_tokens
 
 AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 
@@ -159,6 +159,106 @@ def test_what_excludes_a_switch_is_said_and_thrown_with_it(page: Page, lab: Jupy
     workbench.locator("[data-action=undo-switch]").click()
     expect(layout.locator("select")).to_have_value("paged")
     assert server_features(lab) == before
+
+
+def command(page: Page, label: str) -> None:
+    """Run a command by its name in JupyterLab's palette."""
+    page.keyboard.press("Control+Shift+C")
+    search = page.locator(".lm-CommandPalette-input")
+    search.fill(label)
+    page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first.click()
+
+
+def test_pause_freezes_the_views_and_says_what_they_miss_while_the_engine_goes_on(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    generate(workbench, "long", tokens=60)
+    wait_tokens(page, 8)
+    pause = workbench.locator("[data-action=pause-views]")
+    pause.click()
+    shown = workbench.locator(".iw-row").first.locator(".iw-token").count()
+    caption = card(workbench, "batch").locator(".iw-caption").inner_text()
+    expect(workbench.locator(".iw-missed")).to_have_text(re.compile(r"paused · \+[1-9][\d,]* events"))
+    finished(workbench)
+    assert workbench.locator(".iw-row").first.locator(".iw-token").count() == shown
+    assert card(workbench, "batch").locator(".iw-caption").inner_text() == caption
+    pause.press("Enter")
+    expect(workbench.locator(".iw-row").first.locator(".iw-token")).to_have_count(60)
+    expect(workbench.locator(".iw-missed")).to_be_empty()
+
+
+def test_one_step_is_marked_in_every_view(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    generate(workbench, "story", tokens=20, parallel=2)
+    finished(workbench)
+    batch = card(workbench, "batch").locator(".iw-plot")
+    batch.press("ArrowLeft")
+    batch.press("ArrowLeft")
+    step = re.search(r"step (\d+):", card(workbench, "batch").locator(".iw-caption").inner_text())
+    assert step
+    batch.focus()
+    for name in ("kv", "attribution", "roofline"):
+        expect(workbench.locator(f".iw-plot-{name} .iw-caption")).to_contain_text(f"step {step[1]}:")
+
+
+def test_layouts_projector_panes_and_the_cell_that_reproduces_the_state(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    figures = workbench.locator(".iw-plots > section:visible")
+    everything = figures.count()
+    workbench.locator("[data-layout=memory]").click()
+    assert 2 < figures.count() < everything
+    workbench.locator("[data-action=views]").click()
+    workbench.locator("[data-view=economy]").check()
+    expect(workbench.locator(".iw-plot-economy")).to_be_visible()
+    expect(workbench.locator("[data-layout=memory]")).to_have_attribute("aria-pressed", "false")
+    page.keyboard.press("Escape")
+    generate(workbench, "story", tokens=12)
+    finished(workbench)
+
+    workbench.locator("[data-action=projector]").click()
+    workbench.locator("[data-action=projected]").select_option("batch")
+    expect(figures).to_have_count(1)
+    page.wait_for_timeout(600)
+    small = workbench.evaluate(
+        """root => [...root.querySelectorAll('*')].filter(each =>
+             [...each.childNodes].some(node => node.nodeType === 3 && node.textContent.trim() !== '') &&
+             each.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true }) && !each.closest('.iw-hidden') &&
+             !(each instanceof HTMLOptionElement) && parseFloat(getComputedStyle(each).fontSize) < 24
+           ).map(each => each.outerHTML.slice(0, 120))"""
+    )
+    assert small == []
+    assert workbench.locator(".iw-tile:visible, .iw-strip:visible, .iw-plots > section:visible").count() <= 3
+    number = workbench.locator("[data-figure=rate]").evaluate("each => parseFloat(getComputedStyle(each).fontSize)")
+    assert number > 90
+    workbench.locator("[data-action=projector]").click()
+
+    # One figure in a pane of its own, which a reload brings back.
+    command(page, "Open “KV cache, block by block” in a Pane of Its Own")
+    pane = page.locator("#inference-workbench-view-kv-map .iw-workbench")
+    expect(pane.locator(".iw-plot-kv-map canvas").first).to_be_visible()
+    expect(pane.locator(".iw-prompt")).to_be_hidden()
+    expect(pane.locator(".iw-plot-kv-map .iw-caption")).to_contain_text("cached")
+    page.wait_for_timeout(1500)  # JupyterLab saves its layout a second after the last change
+    page.goto(lab.page())
+    expect(pane.locator(".iw-plot-kv-map .iw-caption")).to_contain_text("cached", timeout=READY_MS)
+
+    # The state as a cell, which brings a server back to it.
+    page.goto(lab.page("lab/tree/notebooks/01-first-tokens.ipynb", reset=""))
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=READY_MS)
+    command(page, "Open Inference Workbench")
+    workbench = wait_ready(page)
+    workbench.locator("[data-feature=max_num_seqs] .iw-number").fill("5")
+    workbench.locator("[data-feature=max_num_seqs] .iw-number").press("Enter")
+    expect(workbench.locator("[data-feature=max_num_seqs] .iw-switch-result")).to_contain_text("applied in")
+    workbench.locator("[data-preset=crowd]").click()
+    workbench.locator("[data-action=reproduce]").click()
+    expect(workbench.locator(".iw-prompt [role=status]")).to_contain_text("in the notebook")
+    page.locator(".lm-TabBar-tab", has_text="01-first-tokens").click()
+    cell = page.locator(".jp-Notebook .jp-Cell.jp-mod-active .cm-content").inner_text()
+    assert "wb.features.update(max_num_seqs=5)" in cell
+    assert "wb.generate_many(" in cell
+    workbench = httpx.patch(f"{lab.workbench}features", headers=lab.headers, json={"max_num_seqs": 32}, timeout=30)
+    assert workbench.status_code == 200
+    compile(cell.replace("\u200b", ""), "cell", "exec")
 
 
 def serious(page: Page, within: str) -> list[str]:

@@ -6,7 +6,19 @@ import json
 
 from jupyterlab import JupyterLab
 from playwright.sync_api import Page, expect
-from workbench_page import LOADED_MS, finished, generate, produced, stats, wait_ready, wait_tokens
+from workbench_page import (
+    LOADED_MS,
+    PLOTS,
+    blocks,
+    finished,
+    generate,
+    open_panel,
+    produced,
+    stats,
+    tables,
+    wait_ready,
+    wait_tokens,
+)
 
 CELLS = (
     "import inference_workbench as iw\nwb = iw.connect()\npanel = wb.panel()\npanel",
@@ -65,3 +77,14 @@ def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, 
     expect(widget.locator(".iw-plot-attribution .iw-caption")).to_contain_text("unexplained")
     assert produced(widget)[0] > 5
     assert stats(page)["count"] > 0
+    # What it shows is what the panel shows, which has come by another way.
+    shown, cached = tables(widget), blocks(page)
+    beside = page.context.new_page()
+    panel = open_panel(beside, lab)
+    same = tables(panel)
+    for name in PLOTS:
+        count = min(len(shown[name]), len(same[name]), 20)
+        assert count > 0
+        assert shown[name][:count] == same[name][:count], name
+    assert blocks(beside) == cached
+    beside.close()

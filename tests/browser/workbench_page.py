@@ -81,3 +81,39 @@ def slope_of(caption: str, label: str) -> float:
     match = re.search(rf"{label}\): median [\d.,]+ ms, slope ([+−][\d.,]+) ms", caption)
     assert match, f"no slope of {label!r} in {caption!r}"
     return float(match[1].replace("−", "-").replace(",", ""))
+
+
+PLOTS = ("latency", "attribution", "batch", "kv", "timeline", "roofline")
+NOTHING = "0.0 µs"
+BLOCKS = """() => {
+  const { kv } = window.inferenceWorkbench.store();
+  return [kv.numBlocks, [...kv.hashed], [...kv.references], [...kv.tables]];
+}"""
+
+
+def blocks(page: Page) -> list[Any]:
+    """The KV cache as the workbench opened last knows it, block by block."""
+    known: list[Any] = page.evaluate(BLOCKS)
+    return known
+
+
+def tables(view: Locator) -> dict[str, list[dict[str, str]]]:
+    """The rows of the tables behind the plots, of everything there is; parts that took no time are left out."""
+    view.locator("[data-window='0']").click()
+    found = {}
+    for name in PLOTS:
+        card = view.locator(f".iw-plot-{name}")
+        card.scroll_into_view_if_needed()
+        button = card.locator(".iw-table-button")
+        button.click()
+        card.locator("table tbody tr").first.wait_for()
+        view.page.wait_for_timeout(250)
+        head, *rows = card.locator("table tr").evaluate_all(
+            "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
+        )
+        found[name] = [
+            {key: cell for key, cell in zip(head, row, strict=True) if cell != NOTHING or key == "unexplained"}
+            for row in rows
+        ]
+        button.click()
+    return found

@@ -1,4 +1,4 @@
-/** Puts the code that connects a notebook to the server into the notebook at hand. */
+/** Puts code into the notebook at hand: what connects it to the server, or what reproduces a state of the workbench. */
 
 import type { INotebookTracker } from '@jupyterlab/notebook';
 import { NotebookActions } from '@jupyterlab/notebook';
@@ -7,11 +7,17 @@ const CONNECT = `import inference_workbench as iw
 
 wb = iw.connect()`;
 
-export function insertConnectCell(notebooks: INotebookTracker): void {
+export function insertConnectCell(notebooks: INotebookTracker): boolean {
+  return insertCell(notebooks, CONNECT);
+}
+
+/** Put `code` into a new cell below the active one of the notebook that was used last; false where none is open. */
+export function insertCell(notebooks: INotebookTracker, code: string): boolean {
   const notebook = notebooks.currentWidget?.content;
   if (!notebook) {
-    return;
+    return false;
   }
   NotebookActions.insertBelow(notebook);
-  notebook.activeCell?.model.sharedModel.setSource(CONNECT);
+  notebook.activeCell?.model.sharedModel.setSource(code);
+  return true;
 }

@@ -56,16 +56,17 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
       });
     }
 
-    const open = async (event: RecordingEvent): Promise<void> => {
+    const open = async (event: RecordingEvent, mode?: string): Promise<void> => {
       const path = `${FOLDER}/${event.file ?? ''}`;
       const beside = await contents.get(path, { content: false }).catch(() => null);
       if (beside !== null) {
-        await app.commands.execute('docmanager:open', { path, factory: RECORDING_FACTORY });
+        const options = mode ? { options: { mode } } : {};
+        await app.commands.execute('docmanager:open', { path, factory: RECORDING_FACTORY, ...options });
       } else {
         await openDownloaded(app, server.use(), event);
       }
     };
-    server.recordings = { open, openLabel: trans.__('Open') };
+    server.recordings = { open: event => open(event), openLabel: trans.__('Open') };
 
     app.commands.addCommand(CommandIds.startRecording, {
       label: trans.__('Start Recording'),
@@ -94,8 +95,19 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
       label: trans.__('Open Recordings…'),
       caption: trans.__('Choose one of the inference server’s recordings'),
       icon: workbenchIcon,
-      describedBy: { args: { type: 'object', properties: {} } },
-      execute: async () => {
+      describedBy: {
+        args: {
+          type: 'object',
+          properties: {
+            mode: {
+              type: 'string',
+              enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
+              description: 'Where to put it relative to the current tab.'
+            }
+          }
+        }
+      },
+      execute: async args => {
         try {
           const { recordings, folder } = await server.use().recordings();
           const finished = recordings.filter(each => each.state === 'finished');
@@ -114,7 +126,7 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
           });
           const chosen = finished[labels.indexOf(value ?? '')];
           if (button.accept && chosen) {
-            await open(chosen);
+            await open(chosen, args['mode'] as string | undefined);
           }
         } catch (error) {
           await showErrorMessage(trans.__('The recordings could not be opened'), errorText(error));

@@ -6,6 +6,7 @@ import { ServerConnection } from '@jupyterlab/services';
 import type { ServerAddress } from '../telemetry/socket';
 import { SocketConnection } from '../telemetry/socket';
 import { TelemetryStore } from '../telemetry/store';
+import type { CellHost } from '../views/prompt-box';
 import type { RecordingHost } from '../views/recorder';
 import type { IInferenceServer } from './tokens';
 import { PLUGIN_NAMESPACE } from './tokens';
@@ -38,6 +39,7 @@ class ProxiedServer implements ServerAddress {
 export class InferenceServer implements IInferenceServer {
   current: SocketConnection | null = null;
   recordings: RecordingHost | null = null;
+  cells: CellHost | null = null;
   private readonly listeners: ((connection: SocketConnection) => void)[] = [];
 
   constructor(private readonly settings: ServerConnection.ISettings) {}

@@ -3,6 +3,7 @@
 import { Token } from '@lumino/coreutils';
 
 import type { SocketConnection } from '../telemetry/socket';
+import type { CellHost } from '../views/prompt-box';
 import type { RecordingHost } from '../views/recorder';
 
 export const PLUGIN_NAMESPACE = 'inference-workbench';
@@ -29,7 +30,11 @@ export const CommandIds = {
   insertConnect: 'inference-workbench:insert-connect',
   startRecording: 'inference-workbench:start-recording',
   stopRecording: 'inference-workbench:stop-recording',
-  openRecordings: 'inference-workbench:open-recordings'
+  openRecordings: 'inference-workbench:open-recordings',
+  openView: 'inference-workbench:open-view',
+  openLayout: 'inference-workbench:open-layout',
+  projector: 'inference-workbench:toggle-projector',
+  pause: 'inference-workbench:toggle-pause'
 } as const;
 
 /** The one connection of the page, made when first asked for. */
@@ -40,6 +45,8 @@ export interface IInferenceServer {
   readonly current: SocketConnection | null;
   /** What the page does with a finished recording; null where the plugin for it is disabled. */
   recordings: RecordingHost | null;
+  /** Puts code into a notebook; null where the plugin for it is disabled. */
+  cells: CellHost | null;
   /** Called when the connection is made. */
   onUse(listener: (connection: SocketConnection) => void): void;
 }

@@ -195,6 +195,8 @@ export class TelemetryStore {
   readonly steps: Ring<StepRecord>;
   readonly tokens: Ring<TokenRecord>;
   readonly feed: Ring<FeedEntry>;
+  /** How many events were taken in. */
+  events = 0;
   /** The KV cache, block by block. */
   kv = new KvBlocks();
   /** Events that the server had to leave out because this page was too slow. */
@@ -342,6 +344,7 @@ export class TelemetryStore {
     for (const event of frame.events) {
       this.take(event, true);
     }
+    this.events += frame.events.length;
     this.trimRequests();
     this.changed();
   }

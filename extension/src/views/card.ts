@@ -132,12 +132,12 @@ export abstract class Card implements View {
   /** Stale, and not painted a moment ago. */
   get due(): boolean {
     const interval = !this.seen ? UNSEEN_INTERVAL_MS : this.context.hurried ? HURRIED_INTERVAL_MS : this.intervalMs;
-    return this.stale && pageNow() - this.paintedAt >= interval;
+    return this.stale && !this.element.hidden && pageNow() - this.paintedAt >= interval;
   }
 
   /** Is it within what the reader has scrolled to? */
   get onScreen(): boolean {
-    return this.seen;
+    return this.seen && !this.element.hidden;
   }
 
   setOnScreen(seen: boolean): void {

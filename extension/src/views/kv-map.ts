@@ -14,8 +14,9 @@ import type { ViewContext } from './view';
 
 type Colouring = 'phase' | 'request';
 
-const HEIGHT = 232;
-const LARGEST = 22;
+/** Room for the picture and the largest square, on a desk and for a room. */
+const DESK = { height: 232, largest: 22 };
+const ROOM = { height: 460, largest: 44 };
 const SMALLEST = 2;
 /** From here on there is room for a number in a square. */
 const LEGIBLE = 13;
@@ -51,7 +52,7 @@ export class KvMap extends Card {
   /** What each square was painted as. */
   private painted = new Uint32Array(0);
   private columns = 1;
-  private cell = LARGEST;
+  private cell = DESK.largest;
   private width = 0;
   private scale = 1;
   private cursor: number | null = null;
@@ -307,8 +308,9 @@ export class KvMap extends Card {
     if (width <= 0) {
       return;
     }
-    let cell = Math.min(LARGEST, Math.max(SMALLEST, Math.floor(Math.sqrt((width * HEIGHT) / Math.max(1, total)))));
-    while (cell > SMALLEST && Math.ceil(total / Math.floor(width / cell)) * cell > HEIGHT) {
+    const { height: space, largest } = this.context.projector ? ROOM : DESK;
+    let cell = Math.min(largest, Math.max(SMALLEST, Math.floor(Math.sqrt((width * space) / Math.max(1, total)))));
+    while (cell > SMALLEST && Math.ceil(total / Math.floor(width / cell)) * cell > space) {
       cell -= 1;
     }
     const columns = Math.max(1, Math.floor(width / cell));
@@ -450,7 +452,7 @@ export class KvMap extends Card {
       if (shared > 0) {
         if (cell >= LEGIBLE) {
           context.fillStyle = hue === 0 ? '#ffffff' : palette.ink;
-          context.font = `600 ${Math.min(12, cell - 5)}px sans-serif`;
+          context.font = `600 ${Math.min(this.context.projector ? 24 : 12, cell - 5)}px sans-serif`;
           context.textAlign = 'center';
           context.textBaseline = 'middle';
           context.fillText(String(shared), x + size / 2, y + size / 2 + 0.5, size);

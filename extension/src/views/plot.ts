@@ -10,10 +10,25 @@ import type { Child } from './dom';
 import { h } from './dom';
 import type { ViewContext } from './view';
 
+const HEIGHT = 210;
+const PROJECTED_HEIGHT = 460;
+
+/** The properties of a glyph that grow on a projector, where it has them. */
+interface Thick {
+  line_width?: unknown;
+  text_font_size?: unknown;
+  size?: unknown;
+  line_color?: unknown;
+  setv(values: Record<string, unknown>): void;
+}
+
 export abstract class Plot extends Card {
   protected figure: Figure | null = null;
   protected crosshair: Span | null = null;
   private removeFigure: () => void = () => undefined;
+  private ownHeight: number | null = null;
+  /** What the glyphs of the figure look like outside the projector's mode. */
+  private readonly ownLooks = new Map<Thick, { line: number | null; text: string | null; size: number | null }>();
 
   constructor(context: ViewContext, name: string, title: string, definition: string, controls: Child[] = []) {
     const { trans } = context;
@@ -65,7 +80,7 @@ export abstract class Plot extends Card {
         if (this.disposed) {
           return;
         }
-        const figure = this.build(bokeh, { tools: '', height: 210 });
+        const figure = this.build(bokeh, { tools: '', height: HEIGHT });
         this.crosshair = new bokeh.Span({ dimension: 'height', location: null, line_width: 1.5, line_dash: 'dashed' });
         figure.add_layout(this.crosshair);
         figure.on_event(bokeh.MouseMove, event => this.pick(event.x, event.y));
@@ -104,7 +119,7 @@ export abstract class Plot extends Card {
   }
 
   private dress(figure: Figure): void {
-    const { theme } = this.context;
+    const { theme, projector } = this.context;
     figure.background_fill_color = null;
     figure.border_fill_color = null;
     figure.outline_line_color = null;
@@ -117,9 +132,10 @@ export abstract class Plot extends Card {
       axis.axis_label_text_font = theme.font;
       axis.major_label_text_font = theme.font;
       axis.axis_label_text_font_style = 'normal';
-      axis.axis_label_text_font_size = '12px';
-      axis.major_label_text_font_size = '11px';
+      axis.axis_label_text_font_size = projector ? '24px' : '12px';
+      axis.major_label_text_font_size = projector ? '24px' : '11px';
     }
+    this.thicken(figure);
     for (const grid of figure.grids) {
       grid.grid_line_color = grid.dimension === 1 ? theme.line : null;
       grid.grid_line_alpha = 0.7;
@@ -128,4 +144,46 @@ export abstract class Plot extends Card {
       this.crosshair.line_color = theme.ink;
     }
   }
+
+  /** For a room: lines of three pixels at least, labels of 18 points, and room for both; and back. */
+  private thicken(figure: Figure): void {
+    const { projector } = this.context;
+    this.ownHeight ??= figure.height;
+    figure.height = projector ? PROJECTED_HEIGHT : this.ownHeight;
+    for (const renderer of figure.renderers) {
+      const { glyph } = renderer as unknown as { glyph?: Thick };
+      if (!glyph) {
+        continue;
+      }
+      if (!this.ownLooks.has(glyph)) {
+        this.ownLooks.set(glyph, { line: plainWidth(glyph), text: plainSize(glyph), size: plainDot(glyph) });
+      }
+      const own = this.ownLooks.get(glyph)!;
+      glyph.setv({
+        ...(own.line !== null && { line_width: projector ? Math.max(3, own.line) : own.line }),
+        ...(own.text !== null && { text_font_size: projector ? '24px' : own.text }),
+        ...(own.size !== null && { size: projector ? own.size * 2.5 : own.size })
+      });
+    }
+  }
+}
+
+/** Bokeh holds a constant as `{ value }`, or as what it is; a column's name is left alone. */
+function constant(property: unknown): unknown {
+  return typeof property === 'object' && property !== null ? (property as { value?: unknown }).value : property;
+}
+
+function plainWidth(glyph: Thick): number | null {
+  const width = constant(glyph.line_width);
+  return typeof width === 'number' && width >= 1 ? width : null;
+}
+
+function plainSize(glyph: Thick): string | null {
+  const size = constant(glyph.text_font_size);
+  return typeof size === 'string' ? size : null;
+}
+
+function plainDot(glyph: Thick): number | null {
+  const size = constant(glyph.size);
+  return typeof size === 'number' ? size : null;
 }

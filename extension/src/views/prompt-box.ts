@@ -1,7 +1,8 @@
 /** Where a person says what to generate: presets, the prompt, a few parameters, Generate and Stop. */
 
 import type { GenerateBody } from '../telemetry/protocol';
-import { h, uniqueId } from './dom';
+import { h, setText, uniqueId } from './dom';
+import { reproducingCell } from './reproduce';
 import type { Translation } from './translation';
 import type { View, ViewContext } from './view';
 
@@ -73,6 +74,9 @@ function presets(trans: Translation): Preset[] {
   ];
 }
 
+/** Puts code into a notebook's new cell; resolves to whether there was a notebook. */
+export type CellHost = (code: string) => Promise<boolean>;
+
 export class PromptBox implements View {
   readonly element: HTMLElement;
   private readonly prompt: HTMLTextAreaElement;
@@ -85,9 +89,14 @@ export class PromptBox implements View {
   private readonly stop: HTMLButtonElement;
   private readonly refusal = h('p', { class: 'iw-refusal', attrs: { role: 'alert', hidden: true } });
   private readonly chips: HTMLButtonElement[];
+  private readonly done = h('p', { class: 'iw-hint', attrs: { role: 'status', hidden: true } });
   private running = 0;
 
-  constructor(private readonly context: ViewContext) {
+  constructor(
+    private readonly context: ViewContext,
+    /** Where the page can put a cell; null where it cannot. */
+    private readonly cells: () => CellHost | null
+  ) {
     const { trans } = context;
     const all = presets(trans);
     const promptId = uniqueId('prompt');
@@ -144,8 +153,21 @@ export class PromptBox implements View {
         field(trans.__('Parallel'), this.parallel, trans.__('So many requests with this prompt at once')),
         tick(trans.__('to the limit'), this.toLimit, trans.__('Go on even where the model would stop')),
         tick(trans.__('plain text'), this.plain, trans.__('Continue the text as it is, without a chat template')),
-        h('span', { class: 'iw-prompt-buttons' }, this.stop, this.start)
+        h(
+          'span',
+          { class: 'iw-prompt-buttons' },
+          h('button', {
+            class: 'iw-button iw-button-quiet',
+            text: trans.__('As notebook cell'),
+            title: trans.__('Insert a cell that sets these switches and asks this again, or copy it'),
+            attrs: { type: 'button', 'data-action': 'reproduce' },
+            on: { click: () => void this.reproduce() }
+          }),
+          this.stop,
+          this.start
+        )
       ),
+      this.done,
       this.refusal
     );
     this.choose(all[0]);
@@ -156,6 +178,48 @@ export class PromptBox implements View {
     const ready = connection.status.state === 'connected' && (store.engine?.state ?? 'ready') === 'ready';
     this.start.disabled = !ready;
     this.stop.disabled = this.running === 0 && store.activeRequests.length === 0;
+  }
+
+  /** What Generate asks for. */
+  body(): GenerateBody {
+    const body: GenerateBody = {
+      max_tokens: this.maxTokens.valueAsNumber,
+      temperature: this.temperature.valueAsNumber,
+      n: this.parallel.valueAsNumber
+    };
+    if (this.toLimit.checked) {
+      body.ignore_eos = true;
+    }
+    if (this.plain.checked) {
+      body.prompt = this.prompt.value;
+    } else {
+      body.messages = [{ role: 'user', content: this.prompt.value }];
+    }
+    return body;
+  }
+
+  private async reproduce(): Promise<void> {
+    const { trans, store } = this.context;
+    const code = reproducingCell(store, this.prompt.value.trim() === '' ? null : this.body());
+    try {
+      const host = this.cells();
+      if (host !== null && (await host(code))) {
+        this.tell(trans.__('The cell is in the notebook, below the active one.'));
+      } else {
+        await navigator.clipboard.writeText(code);
+        this.tell(trans.__('Copied: paste it into a notebook’s cell.'));
+      }
+    } catch (error) {
+      this.say(
+        trans.__('The cell could not be inserted or copied: %1', error instanceof Error ? error.message : String(error))
+      );
+    }
+  }
+
+  private tell(text: string): void {
+    setText(this.done, text);
+    this.done.hidden = false;
+    setTimeout(() => (this.done.hidden = true), 6000);
   }
 
   private choose(preset: Preset): void {
@@ -182,19 +246,7 @@ export class PromptBox implements View {
       this.prompt.focus();
       return;
     }
-    const body: GenerateBody = {
-      max_tokens: this.maxTokens.valueAsNumber,
-      temperature: this.temperature.valueAsNumber,
-      n: this.parallel.valueAsNumber
-    };
-    if (this.toLimit.checked) {
-      body.ignore_eos = true;
-    }
-    if (this.plain.checked) {
-      body.prompt = this.prompt.value;
-    } else {
-      body.messages = [{ role: 'user', content: this.prompt.value }];
-    }
+    const body = this.body();
     this.say('');
     this.running += 1;
     this.update();

@@ -15,14 +15,11 @@ import { count, duration } from './format';
 import type { Translation } from './translation';
 import type { ViewContext } from './view';
 
-const HEIGHT = 232;
-const GUTTER = 46;
-const AXIS = 18;
-const LARGEST_ROW = 18;
 /** Below this a row cannot be pointed at: from there on the rows scroll. */
 const SMALLEST_ROW = 3;
-/** From here on there is room for the request's number. */
-const LEGIBLE_ROW = 11;
+/** Room for the picture, the requests' numbers and the axis, and the size of print; on a desk and for a room. */
+const DESK = { height: 232, gutter: 46, axis: 18, print: 11, legible: 11, row: 18, line: 1.5 };
+const ROOM = { height: 460, gutter: 96, axis: 34, print: 24, legible: 22, row: 40, line: 3 };
 const TABLE_ROWS = 100;
 
 interface Row {
@@ -38,7 +35,7 @@ export class RequestTimeline extends Card {
   private rows: Row[] = [];
   private fromNs = 0;
   private toNs = 1;
-  private rowHeight = LARGEST_ROW;
+  private rowHeight = DESK.row;
   private width = 0;
   private cursor: number | null = null;
   /** How long the newest painting took, ms. */
@@ -178,7 +175,7 @@ export class RequestTimeline extends Card {
     } else if (key === 'ArrowUp' || key === 'ArrowDown') {
       const move = key === 'ArrowUp' ? -1 : 1;
       this.cursor = Math.min(this.rows.length - 1, Math.max(0, (this.cursor ?? -move) + move));
-      this.frame.scrollTop = this.cursor * this.rowHeight - HEIGHT / 2;
+      this.frame.scrollTop = this.cursor * this.rowHeight - this.size.height / 2;
       this.paintOverlay();
       this.showCaption();
     } else if (key === 'ArrowLeft' || key === 'ArrowRight') {
@@ -191,6 +188,10 @@ export class RequestTimeline extends Card {
       return false;
     }
     return true;
+  }
+
+  private get size(): typeof DESK {
+    return this.context.projector ? ROOM : DESK;
   }
 
   private sentence(): string {
@@ -231,10 +232,11 @@ export class RequestTimeline extends Card {
   }
 
   private point(x: number, y: number): void {
+    const { gutter } = this.size;
     const row = Math.floor(y / this.rowHeight);
     this.cursor = row >= 0 && row < this.rows.length ? row : null;
-    const atNs = this.fromNs + ((x - GUTTER) / (this.width - GUTTER)) * (this.toNs - this.fromNs);
-    const step = x >= GUTTER ? this.stepAt(atNs) : null;
+    const atNs = this.fromNs + ((x - gutter) / (this.width - gutter)) * (this.toNs - this.fromNs);
+    const step = x >= gutter ? this.stepAt(atNs) : null;
     this.context.selection.set(step === null ? null : { step: step.event.step, request: null, index: null });
     this.paintOverlay();
     this.showCaption();
@@ -278,15 +280,16 @@ export class RequestTimeline extends Card {
   }
 
   private paint(): void {
+    const { gutter, axis } = this.size;
     const width = this.frame.clientWidth - 4;
     const context = this.canvas.getContext('2d');
-    if (width <= GUTTER || !context) {
+    if (width <= gutter || !context) {
       return;
     }
     this.width = width;
-    const space = HEIGHT - AXIS - 6;
-    this.rowHeight = Math.min(LARGEST_ROW, Math.max(SMALLEST_ROW, Math.floor(space / Math.max(1, this.rows.length))));
-    const height = Math.max(space, this.rows.length * this.rowHeight) + AXIS;
+    const space = this.size.height - axis - 6;
+    this.rowHeight = Math.min(this.size.row, Math.max(SMALLEST_ROW, Math.floor(space / Math.max(1, this.rows.length))));
+    const height = Math.max(space, this.rows.length * this.rowHeight) + axis;
     const scale = window.devicePixelRatio || 1;
     for (const canvas of [this.canvas, this.overlay]) {
       if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
@@ -304,7 +307,7 @@ export class RequestTimeline extends Card {
       diagonal: hatch(context, theme.ink, false),
       cross: hatch(context, theme.ink, true)
     };
-    const perNs = (width - GUTTER) / Math.max(1, this.toNs - this.fromNs);
+    const perNs = (width - gutter) / Math.max(1, this.toNs - this.fromNs);
     const bar = Math.max(2, this.rowHeight - (this.rowHeight >= 6 ? 2 : this.rowHeight >= 4 ? 1 : 0));
     this.rows.forEach(({ request, stretches }, at) => {
       const y = at * this.rowHeight;
@@ -314,8 +317,8 @@ export class RequestTimeline extends Card {
         if (toNs < this.fromNs) {
           continue;
         }
-        const x = GUTTER + Math.max(0, fromNs - this.fromNs) * perNs;
-        const right = GUTTER + (toNs - this.fromNs) * perNs;
+        const x = gutter + Math.max(0, fromNs - this.fromNs) * perNs;
+        const right = gutter + (toNs - this.fromNs) * perNs;
         const look = this.look(phase);
         // A stall survives however short it is on this scale.
         const wide = Math.max(
@@ -334,12 +337,12 @@ export class RequestTimeline extends Card {
           context.strokeRect(x + 0.5, y + 0.5, wide - 1, bar - 1);
         }
       }
-      if (this.rowHeight >= LEGIBLE_ROW) {
+      if (this.rowHeight >= this.size.legible) {
         context.fillStyle = theme.softInk;
-        context.font = `11px ${theme.font}`;
+        context.font = `${this.size.print}px ${theme.font}`;
         context.textAlign = 'right';
         context.textBaseline = 'middle';
-        context.fillText(`#${request.handle}`, GUTTER - 6, y + bar / 2 + 0.5, GUTTER - 8);
+        context.fillText(`#${request.handle}`, gutter - 6, y + bar / 2 + 0.5, gutter - 8);
       }
     });
     context.globalAlpha = 1;
@@ -347,20 +350,21 @@ export class RequestTimeline extends Card {
   }
 
   private paintAxis(context: CanvasRenderingContext2D, width: number, height: number): void {
+    const { gutter, axis } = this.size;
     const { theme, store, trans } = this.context;
     const startedNs = store.server?.started_ns ?? this.fromNs;
     const [from, to] = [(this.fromNs - startedNs) / 1e9, (this.toNs - startedNs) / 1e9];
-    const step = niceStep((to - from) / Math.max(2, Math.floor((width - GUTTER) / 110)));
-    context.font = `11px ${theme.font}`;
+    const step = niceStep((to - from) / Math.max(2, Math.floor((width - gutter) / (this.size.print * 10))));
+    context.font = `${this.size.print}px ${theme.font}`;
     context.textBaseline = 'bottom';
     context.textAlign = 'center';
     context.lineWidth = 1;
     for (let at = Math.ceil(from / step) * step; at <= to && step > 0; at += step) {
-      const x = GUTTER + ((at - from) / Math.max(1e-9, to - from)) * (width - GUTTER);
+      const x = gutter + ((at - from) / Math.max(1e-9, to - from)) * (width - gutter);
       context.strokeStyle = theme.line;
       context.beginPath();
       context.moveTo(x, 0);
-      context.lineTo(x, height - AXIS + 3);
+      context.lineTo(x, height - axis + 3);
       context.stroke();
       context.fillStyle = theme.softInk;
       if (x < width - 16) {
@@ -374,14 +378,15 @@ export class RequestTimeline extends Card {
     if (!context) {
       return;
     }
+    const { gutter } = this.size;
     const { theme, selection, store } = this.context;
     context.clearRect(0, 0, this.width, this.overlay.height);
     const step = selection.value ? store.step(selection.value.step) : undefined;
     if (step && step.event.end_ns >= this.fromNs) {
-      const perNs = (this.width - GUTTER) / Math.max(1, this.toNs - this.fromNs);
-      const x = GUTTER + (step.event.end_ns - this.fromNs) * perNs;
+      const perNs = (this.width - gutter) / Math.max(1, this.toNs - this.fromNs);
+      const x = gutter + (step.event.end_ns - this.fromNs) * perNs;
       context.strokeStyle = theme.ink;
-      context.lineWidth = 1.5;
+      context.lineWidth = this.size.line;
       context.setLineDash([5, 4]);
       context.beginPath();
       context.moveTo(x, 0);
@@ -391,8 +396,8 @@ export class RequestTimeline extends Card {
     }
     if (this.cursor !== null && this.cursor < this.rows.length) {
       context.strokeStyle = theme.ink;
-      context.lineWidth = 1.5;
-      context.strokeRect(GUTTER - 2, this.cursor * this.rowHeight - 0.5, this.width - GUTTER, this.rowHeight);
+      context.lineWidth = this.size.line;
+      context.strokeRect(gutter - 2, this.cursor * this.rowHeight - 0.5, this.width - gutter, this.rowHeight);
     }
   }
 }

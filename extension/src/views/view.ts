@@ -17,6 +17,8 @@ export interface ViewContext {
   readonly windowNs: number;
   /** Somebody moves fast through a recording: a view may leave out what takes long, until the next update. */
   readonly hurried: boolean;
+  /** Large print, thick lines: for a room. */
+  readonly projector: boolean;
 }
 
 export interface View {

@@ -5,6 +5,8 @@ import type { TelemetryConnection } from '../telemetry/connection';
 import type { TelemetryStore } from '../telemetry/store';
 import type { Manifest } from '../replay/recording';
 import type { ReplaySource } from '../replay/source';
+import type { LayoutName, Shown } from './arrangement';
+import { Arrangement } from './arrangement';
 import { AttributionPlot } from './attribution-plot';
 import { BatchPlot } from './batch-plot';
 import { h } from './dom';
@@ -18,6 +20,7 @@ import { LatencyPlot } from './latency-plot';
 import { PaintLoop } from './loop';
 import { MemoryBar } from './memory-bar';
 import type { PaintStats } from './loop';
+import type { CellHost } from './prompt-box';
 import { PromptBox } from './prompt-box';
 import type { RecordingHost } from './recorder';
 import { Recorder } from './recorder';
@@ -43,6 +46,12 @@ export interface WorkbenchOptions {
   repaintRate?: number;
   /** Seconds that figures and plots look back; 0 for everything kept. */
   windowSeconds?: number;
+  /** Which figures are shown at first. */
+  layout?: LayoutName;
+  /** Show this figure alone, without prompt and switches. */
+  only?: string;
+  /** Where the page can put a notebook cell. */
+  cells?: () => CellHost | null;
   /** What this page can do with a recording that was made here. */
   recordings?: () => RecordingHost | null;
   /** Shown instead of a server: a recording, moved through by its own controls. */
@@ -67,17 +76,19 @@ const HURRY_MS = 200;
 const PLOTS_MS = 8;
 /** Longer than from one frame to the next while tokens stream. */
 const TAIL_MS = 300;
-const WINDOWS: readonly number[] = [5, 30, 0];
 
 export class Workbench {
   readonly element: HTMLElement;
   readonly switchboard: Switchboard;
   private readonly views: View[];
   private readonly plots: Card[];
-  private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean };
+  private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean; projector: boolean };
   private readonly loop: PaintLoop;
   private readonly stops: (() => void)[] = [];
-  private readonly windowButtons: HTMLButtonElement[];
+  readonly arrangement: Arrangement;
+  /** Those that stand still while the figures are paused. */
+  private readonly frozen: ReadonlySet<View>;
+  private pausedAt = 0;
   private tail: ReturnType<typeof setTimeout> | null = null;
   private calm: ReturnType<typeof setTimeout> | null = null;
   private generation = 0;
@@ -100,7 +111,8 @@ export class Workbench {
       trans,
       theme: readTheme(this.element),
       windowNs: Infinity,
-      hurried: false
+      hurried: false,
+      projector: false
     };
     this.loop = new PaintLoop(
       {
@@ -117,7 +129,7 @@ export class Workbench {
     const status = new StatusBar(this.context, () => this.loop.stats(), recorder?.element ?? null);
     const transport = replay ? new Transport(this.context, replay.source, replay.manifest, replay.bytes) : null;
     const tiles = new Tiles(this.context);
-    const prompt = replay ? null : new PromptBox(this.context);
+    const prompt = replay ? null : new PromptBox(this.context, options.cells ?? (() => null));
     const traffic = replay ? null : new Traffic(this.context);
     this.switchboard = new Switchboard(this.context);
     const strip = new TokenStrip(this.context);
@@ -138,13 +150,20 @@ export class Workbench {
     this.views = [status, recorder, transport, tiles, prompt, traffic, this.switchboard, strip, why, feed].filter(
       each => each !== null
     );
-    this.windowButtons = WINDOWS.map(seconds =>
-      h('button', {
-        class: 'iw-window',
-        text: seconds === 0 ? trans.__('all') : trans.__('%1 s', seconds),
-        attrs: { type: 'button', 'aria-pressed': 'false', 'data-window': seconds },
-        on: { click: () => this.setWindow(seconds) }
-      })
+    this.frozen = new Set<View>([tiles, strip, feed]);
+    const figures: Shown[] = [
+      ...this.plots.map(card => ({ name: card.name, title: card.title, element: card.element })),
+      { name: 'events', title: trans.__('Events'), element: feed.element }
+    ];
+    this.arrangement = new Arrangement(
+      {
+        trans,
+        figures,
+        setWindow: seconds => this.setWindow(seconds),
+        setPaused: paused => this.setPaused(paused),
+        arranged: () => this.rearrange()
+      },
+      this.element
     );
     this.element.append(
       status.element,
@@ -159,26 +178,18 @@ export class Workbench {
         h(
           'div',
           { class: 'iw-plots-area' },
-          h(
-            'div',
-            { class: 'iw-plots-head' },
-            h('h2', { text: trans.__('Steps and tokens') }),
-            h('span', { class: 'iw-spring' }),
-            h(
-              'div',
-              {
-                class: 'iw-windows',
-                attrs: { role: 'group', 'aria-label': trans.__('How far back figures and plots reach') }
-              },
-              h('span', { text: trans.__('window'), attrs: { 'aria-hidden': 'true' } }),
-              ...this.windowButtons
-            )
-          ),
+          this.arrangement.element,
           h('div', { class: 'iw-plots' }, ...this.plots.map(plot => plot.element), feed.element)
         )
       )
     );
     this.setWindow(options.windowSeconds ?? 30);
+    if (options.only !== undefined) {
+      this.element.dataset.only = options.only;
+      this.arrangement.showOnly([options.only]);
+    } else {
+      this.arrangement.setLayout(options.layout ?? 'all');
+    }
     this.stops.push(
       // A replay moves when somebody moves it; a server's frames come when they come.
       store.onChange(connection.readOnly ? this.loop.requestNow : this.loop.request),
@@ -207,9 +218,7 @@ export class Workbench {
 
   setWindow(seconds: number): void {
     this.context.windowNs = seconds === 0 ? Infinity : seconds * 1e9;
-    for (const button of this.windowButtons) {
-      button.setAttribute('aria-pressed', String(Number(button.dataset.window) === seconds));
-    }
+    this.arrangement.markWindow(seconds);
     this.connection.store.version += 1;
     this.loop.requestNow();
   }
@@ -248,7 +257,32 @@ export class Workbench {
 
   private paint(): void {
     this.watchJumps();
-    this.views.forEach(view => view.update());
+    const { paused } = this.arrangement;
+    this.views.forEach(view => {
+      if (!paused || !this.frozen.has(view)) {
+        view.update();
+      }
+    });
+    if (paused) {
+      this.arrangement.sayMissed(this.connection.store.events - this.pausedAt);
+    }
+  }
+
+  private setPaused(paused: boolean): void {
+    this.pausedAt = this.connection.store.events;
+    if (!paused) {
+      this.connection.store.version += 1;
+    }
+    this.loop.requestNow();
+  }
+
+  /** Figures came, went or changed their size. */
+  private rearrange(): void {
+    if (this.context.projector !== this.arrangement?.projector) {
+      this.context.projector = this.arrangement?.projector ?? false;
+      this.plots.forEach(card => card.restyle());
+    }
+    this.loop.requestNow();
   }
 
   /** Know which figures are scrolled out of sight. */
@@ -297,6 +331,9 @@ export class Workbench {
     if (this.tail !== null) {
       clearTimeout(this.tail);
       this.tail = null;
+    }
+    if (this.arrangement.paused) {
+      return;
     }
     const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt);
     const begin = pageNow();

@@ -1,0 +1,191 @@
+/**
+ * Commands about views: one figure in a pane of its own, which can be dragged and tiled like any other; whole layouts by
+ * one command; projector and pause. Owns the panes of single figures and their restoration.
+ */
+
+import type { ILayoutRestorer, JupyterFrontEnd } from '@jupyterlab/application';
+import type { ICommandPalette } from '@jupyterlab/apputils';
+import { MainAreaWidget, WidgetTracker } from '@jupyterlab/apputils';
+
+import { figuresOf, LAYOUTS } from '../views/arrangement';
+import type { LayoutName } from '../views/arrangement';
+import type { Translation } from '../views/translation';
+import type { WorkbenchOptions } from '../views/workbench';
+import { workbenchIcon } from './icon';
+import { WorkbenchPanel } from './panel';
+import type { IInferenceServer } from './tokens';
+import { CATEGORY, CommandIds, PLUGIN_NAMESPACE } from './tokens';
+
+type Pane = MainAreaWidget<WorkbenchPanel>;
+
+/** Figures that can stand alone, by their names in the views. */
+const VIEWS = [
+  'timeline',
+  'latency',
+  'attribution',
+  'batch',
+  'kv',
+  'kv-map',
+  'memory',
+  'histogram',
+  'roofline',
+  'economy',
+  'events'
+] as const;
+
+export interface ViewCommandOptions {
+  tracker: WidgetTracker<Pane>;
+  options: WorkbenchOptions;
+  restorer: ILayoutRestorer | null;
+  palette: ICommandPalette | null;
+  trans: Translation;
+}
+
+export function addViewCommands(
+  app: JupyterFrontEnd,
+  server: IInferenceServer,
+  { tracker, options, restorer, palette, trans }: ViewCommandOptions
+): void {
+  const panes = new WidgetTracker<Pane>({ namespace: `${PLUGIN_NAMESPACE}-views` });
+  const titles: Record<(typeof VIEWS)[number], string> = {
+    timeline: trans.__('Requests over time'),
+    latency: trans.__('Latency against position'),
+    attribution: trans.__('Where the tokens’ time went'),
+    batch: trans.__('Batch composition per step'),
+    kv: trans.__('KV cache occupancy'),
+    'kv-map': trans.__('KV cache, block by block'),
+    memory: trans.__('Memory of the device'),
+    histogram: trans.__('Latency distribution'),
+    roofline: trans.__('Roofline'),
+    economy: trans.__('Throughput and cost'),
+    events: trans.__('Events')
+  };
+  const isView = (name: unknown): name is (typeof VIEWS)[number] => VIEWS.some(each => each === name);
+  const open = (view: (typeof VIEWS)[number], mode?: string, ref?: string): Pane => {
+    let pane = panes.find(each => viewOf(each) === view);
+    if (!pane || pane.isDisposed) {
+      pane = new MainAreaWidget({ content: new WorkbenchPanel(server.use(), { ...options, only: view }) });
+      pane.id = `${PANE_ID}${view}`;
+      pane.title.label = titles[view];
+      pane.title.icon = workbenchIcon;
+      pane.title.closable = true;
+      pane.toolbar.hide();
+      void panes.add(pane);
+    }
+    if (!pane.isAttached) {
+      app.shell.add(pane, 'main', { ...(mode && { mode: mode as 'split-right' }), ...(ref && { ref }) });
+    }
+    app.shell.activateById(pane.id);
+    return pane;
+  };
+
+  app.commands.addCommand(CommandIds.openView, {
+    label: args =>
+      isView(args['view'])
+        ? trans.__('Open “%1” in a Pane of Its Own', titles[args['view']])
+        : trans.__('Open a View in a Pane of Its Own'),
+    icon: workbenchIcon,
+    describedBy: {
+      args: {
+        type: 'object',
+        required: ['view'],
+        properties: {
+          view: { type: 'string', enum: [...VIEWS], description: 'Which figure.' },
+          mode: {
+            type: 'string',
+            enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
+            description: 'Where to put it relative to the current tab.'
+          }
+        }
+      }
+    },
+    execute: args => {
+      const { view, mode } = args as { view?: unknown; mode?: string };
+      if (!isView(view)) {
+        throw new Error(trans.__('There is no view “%1”. The views are: %2.', String(view), VIEWS.join(', ')));
+      }
+      return open(view, mode ?? 'split-right');
+    }
+  });
+  for (const view of VIEWS) {
+    palette?.addItem({ command: CommandIds.openView, category: CATEGORY, args: { view } });
+  }
+
+  const names: Record<LayoutName | 'compare', string> = {
+    all: trans.__('Show All Views'),
+    teach: trans.__('Show the Views for Teaching'),
+    profile: trans.__('Open the Profiling Layout'),
+    memory: trans.__('Show the Views of Memory'),
+    money: trans.__('Show the Views of Cost'),
+    compare: trans.__('Compare a Recording with What Happens Now')
+  };
+  app.commands.addCommand(CommandIds.openLayout, {
+    label: args => names[(args['layout'] as LayoutName | 'compare' | undefined) ?? 'profile'],
+    icon: workbenchIcon,
+    describedBy: {
+      args: {
+        type: 'object',
+        properties: {
+          layout: { type: 'string', enum: [...LAYOUTS, 'compare'], description: 'Which layout.' }
+        }
+      }
+    },
+    execute: async args => {
+      const layout = (args['layout'] as LayoutName | 'compare' | undefined) ?? 'profile';
+      const panel = (await app.commands.execute(CommandIds.open)) as Pane;
+      if (layout === 'compare') {
+        // The recording opens beside the panel; both have the same views over the same axes of steps.
+        panel.content.workbench.arrangement.setLayout('profile');
+        await app.commands.execute(CommandIds.openRecordings, { mode: 'split-right' });
+        return;
+      }
+      panel.content.workbench.arrangement.setLayout(layout === 'profile' ? 'teach' : layout);
+      if (layout === 'profile') {
+        // Panes of their own, two by two to the right of the panel: each can be dragged elsewhere.
+        const [first, second, third] = figuresOf('profile', VIEWS).filter(isView);
+        const top = open(first, 'split-right', panel.id);
+        open(second, 'split-bottom', top.id);
+        open(third, 'split-bottom', `${PANE_ID}${second}`);
+        app.shell.activateById(panel.id);
+      }
+    }
+  });
+  for (const layout of [...LAYOUTS, 'compare']) {
+    palette?.addItem({ command: CommandIds.openLayout, category: CATEGORY, args: { layout } });
+  }
+
+  const current = () => tracker.currentWidget?.content.workbench.arrangement ?? null;
+  app.commands.addCommand(CommandIds.projector, {
+    label: trans.__('Projector Mode'),
+    caption: trans.__('Large print for a room: one number, the tokens and one figure'),
+    describedBy: { args: { type: 'object', properties: {} } },
+    isEnabled: () => current() !== null,
+    isToggled: () => current()?.projector ?? false,
+    execute: () => current()?.setProjector(!current()!.projector)
+  });
+  app.commands.addCommand(CommandIds.pause, {
+    label: trans.__('Pause the Views'),
+    caption: trans.__('The engine goes on'),
+    describedBy: { args: { type: 'object', properties: {} } },
+    isEnabled: () => current() !== null,
+    isToggled: () => current()?.paused ?? false,
+    execute: () => current()?.setPaused(!current()!.paused)
+  });
+  for (const command of [CommandIds.projector, CommandIds.pause]) {
+    palette?.addItem({ command, category: CATEGORY });
+  }
+
+  if (restorer) {
+    void restorer.restore(panes, {
+      command: CommandIds.openView,
+      args: pane => ({ view: viewOf(pane), mode: 'tab-after' }),
+      name: pane => viewOf(pane)
+    });
+  }
+}
+
+const PANE_ID = 'inference-workbench-view-';
+
+function viewOf(pane: Pane): string {
+  return pane.id.slice(PANE_ID.length);
+}
