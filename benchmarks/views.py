@@ -1,4 +1,4 @@
-"""What the views cost in Chromium while much happens: a recording of many requests, played at the speed at which it was.
+"""What the views cost in Chromium while much happens: a recording of many requests, played at its own speed.
 
     python benchmarks/views.py [--requests 256] [--steps-per-second 100] [--blocks 20000] [--seconds 20] [--layout all]
 
@@ -68,9 +68,8 @@ def measure(browser: Browser, page_path: Path, seconds: float, layout: str) -> d
     page.locator(f"[data-layout={layout}]").click()
     page.locator(".iw-plots").scroll_into_view_if_needed()
     page.wait_for_timeout(2000)
-    page.evaluate(
-        "(source => { source.seek(source.timeline.beginNs); source.play(); })(inferenceWorkbench.replay().source)"
-    )
+    page.evaluate("inferenceWorkbench.replay().source.seek(0)")
+    page.evaluate("inferenceWorkbench.replay().source.play()")
     page.wait_for_timeout(2000)
     session = page.context.new_cdp_session(page)
     session.send("Performance.enable")
