@@ -66,6 +66,48 @@ def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
     page.context.close()
 
 
+def views(browser: Browser, lab: JupyterLab) -> None:
+    """Each view by itself, light, dark and for a projector, while a shared prefix, a switch and many requests are in it."""
+    (IMAGES / "views").mkdir(exist_ok=True)
+    page = new_page(browser, 1300)
+    workbench = open_panel(page, lab)
+    workbench.locator(".iw-traffic > summary").click()
+    workbench.locator("[data-traffic=preset]").select_option("shared prefix")
+    workbench.locator("[data-action=start-traffic]").click()
+    generate(workbench, "story", tokens=120, parallel=4)
+    page.wait_for_timeout(14_000)
+    workbench.locator("[data-feature=fast_path] .iw-toggle").click()
+    page.wait_for_timeout(6_000)
+    workbench.locator("[data-feature=fast_path] .iw-toggle").click()
+    page.wait_for_timeout(6_000)
+    workbench.locator(".iw-price").fill("2.5")
+    workbench.locator("[data-action=pause-views]").click()
+    for theme in ("light", "dark"):
+        use_theme(page, theme)
+        workbench.locator("[data-action=pause-views]").click()
+        page.wait_for_timeout(1500)
+        for card in workbench.locator(".iw-plots > section").all():
+            card.scroll_into_view_if_needed()
+            page.wait_for_timeout(900)
+            name = re.search(r"iw-plot-(?!card)([a-z-]+)", card.get_attribute("class") or "")
+            label = name[1] if name else "events"
+            card.screenshot(path=IMAGES / "views" / f"{label}-{theme}.png")
+        workbench.locator(".iw-switchboard").screenshot(path=IMAGES / "views" / f"switches-{theme}.png")
+        if theme == "light":
+            workbench.locator("[data-action=projector]").click()
+            figure = workbench.locator("[data-action=projected]")
+            for value in figure.locator("option").evaluate_all("all => all.map(each => each.value)"):
+                figure.select_option(value)
+                page.wait_for_timeout(1200)
+                page.locator(".iw-panel").evaluate("each => each.scrollTo(0, 1e6)")
+                page.wait_for_timeout(600)
+                page.screenshot(path=IMAGES / "views" / f"{value}-projector.png")
+            workbench.locator("[data-action=projector]").click()
+        workbench.locator("[data-action=pause-views]").click()
+    workbench.locator("[data-action=stop-traffic]").click()
+    page.context.close()
+
+
 def use_theme(page: Page, theme: str) -> None:
     if theme == "dark":
         page.get_by_role("menuitem", name="Settings").click()
@@ -114,6 +156,7 @@ def main() -> None:
         for theme in ("light", "dark"):
             panel(chromium, lab, theme)
             recording(chromium, lab, theme)
+        views(chromium, lab)
         chromium.close()
     shutil.rmtree(folder, ignore_errors=True)
     print(*sorted(IMAGES.glob("*.png")), sep="\n")

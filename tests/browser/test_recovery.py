@@ -1,0 +1,74 @@
+"""The panel when its server is killed, stands still, or comes back as another one: it says so, and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import httpx
+from jupyterlab import JupyterLab
+from playwright.sync_api import Page, expect
+from workbench_page import READY_MS, finished, generate, open_panel, produced, stats, wait_ready, wait_tokens
+
+
+def server_pid(lab: JupyterLab) -> int:
+    answer = httpx.get(f"{lab.workbench}info", headers=lab.headers, timeout=30)
+    return int(answer.json()["server"]["pid"])
+
+
+def test_a_server_that_stands_still_for_a_while_loses_nothing(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    generate(workbench, "long", tokens=80)
+    wait_tokens(page, 8)
+    pid = server_pid(lab)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        page.wait_for_timeout(4000)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    finished(workbench)
+    assert produced(workbench)[0] == 80
+    assert workbench.locator(".iw-row").first.locator(".iw-token").count() == 80
+    assert stats(page)["dropped"] == 0
+
+
+def test_a_killed_server_is_replaced_and_the_page_says_that_it_is_another_one(
+    page: Page, lab: JupyterLab, complaints: list[str]
+) -> None:
+    workbench = open_panel(page, lab)
+    generate(workbench, "long", tokens=400)
+    wait_tokens(page, 5)
+    os.kill(server_pid(lab), signal.SIGKILL)
+    status = workbench.locator(".iw-status")
+    expect(status).not_to_have_attribute("data-connection", "connected", timeout=5000)
+    expect(workbench.locator(".iw-message")).not_to_be_empty()
+    # JupyterLab starts another one when the page asks for it.
+    expect(status).to_have_attribute("data-connection", "connected", timeout=READY_MS)
+    expect(workbench.locator(".iw-feed")).to_contain_text("Connected to a new server")
+    came_back = time.monotonic()
+    wait_ready(page)
+    generate(workbench, "story", tokens=6)
+    finished(workbench)
+    assert produced(workbench)[0] > 0
+    assert time.monotonic() - came_back < 60
+    complaints.clear()  # the browser reports the broken connection and its refusals
+
+
+def test_after_the_server_is_back_the_panel_is_within_five_seconds(
+    page: Page, lab: JupyterLab, complaints: list[str]
+) -> None:
+    workbench = open_panel(page, lab)
+    status = workbench.locator(".iw-status")
+    os.kill(server_pid(lab), signal.SIGKILL)
+    expect(status).not_to_have_attribute("data-connection", "connected", timeout=5000)
+    deadline = time.monotonic() + 60
+    while True:
+        answer = httpx.get(f"{lab.workbench}info", headers=lab.headers, timeout=30)
+        if answer.status_code == 200:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    expect(status).to_have_attribute("data-connection", "connected", timeout=5000)
+    wait_ready(page)
+    complaints.clear()
