@@ -67,7 +67,7 @@ def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
 
 
 def views(browser: Browser, lab: JupyterLab) -> None:
-    """Each view by itself, light, dark and for a projector, while a shared prefix, a switch and many requests are in it."""
+    """Each view by itself, light, dark and for a projector; a shared prefix, a switch and many requests are in it."""
     (IMAGES / "views").mkdir(exist_ok=True)
     page = new_page(browser, 1300)
     workbench = open_panel(page, lab)

@@ -16,6 +16,7 @@ type Share = 'decode' | 'prefill' | 'recompute' | 'idle';
 const SHARES: readonly Share[] = ['prefill', 'decode', 'recompute', 'idle'];
 
 export class Economy extends Card {
+  protected override readonly intervalMs = 500;
   private readonly price: HTMLInputElement;
   private readonly bar = h('div', { class: 'iw-share-bar', attrs: { role: 'img' } });
   private readonly segments: Record<Share, HTMLElement>;

@@ -2,7 +2,6 @@
 
 import type { Bin, LatencyName, LatencySummary } from '../telemetry/latencies';
 import { LATENCIES, latencies, logBins, QUANTILES, summarizeLatencies } from '../telemetry/latencies';
-import { percentile } from '../telemetry/statistics';
 import { measuredBadge } from './badge';
 import type { Bokeh, ColumnDataSource, Figure, Range1d } from './bokeh';
 import type { LegendEntry, Table } from './card';
@@ -14,10 +13,12 @@ import type { Translation } from './translation';
 import type { ViewContext } from './view';
 
 const BINS_PER_DECADE = 16;
-/** Drawn into the histogram. */
+/** Drawn into the histogram; of {@link QUANTILES}. */
 const MARKED: readonly number[] = [0.5, 0.95, 0.99];
 
 export class LatencyHistogram extends Plot {
+  /** Sorting tens of thousands of latencies is not for every quarter of a second. */
+  protected override readonly intervalMs = 500;
   private chosen: LatencyName = 'itl';
   private bins: Bin[] = [];
   private summary: LatencySummary[] = [];
@@ -150,7 +151,8 @@ export class LatencyHistogram extends Plot {
       const texts = [count(n), ...quantiles.map(each => (each === null ? '–' : significant(each)))];
       texts.forEach((text, at) => setText(this.cells[name][at], text));
     }
-    this.marked = MARKED.map(q => percentile(values[this.chosen], q));
+    const { quantiles } = this.summary.find(each => each.name === this.chosen)!;
+    this.marked = MARKED.map(q => quantiles[QUANTILES.indexOf(q)]);
     super.repaint();
   }
 

@@ -40,6 +40,7 @@ export function rooflinePoint(step: StepRecord): RooflinePoint | null {
 }
 
 export class Roofline extends Plot {
+  protected override readonly intervalMs = 500;
   private points: RooflinePoint[] = [];
   private dots: ColumnDataSource | null = null;
   private newest: ColumnDataSource | null = null;
