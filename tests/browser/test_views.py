@@ -163,7 +163,9 @@ def test_what_excludes_a_switch_is_said_and_thrown_with_it(page: Page, lab: Jupy
 
 def command(page: Page, label: str) -> None:
     """Run a command by its name in JupyterLab's palette."""
-    page.keyboard.press("Control+Shift+C")
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0, timeout=READY_MS)
+    page.get_by_role("menuitem", name="View", exact=True).click()
+    page.locator(".lm-Menu-itemLabel", has_text="Activate Command Palette").click()
     search = page.locator(".lm-CommandPalette-input")
     search.fill(label)
     page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first.click()
