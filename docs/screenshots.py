@@ -1,4 +1,7 @@
-"""Takes the pictures in ``docs/images``: a real JupyterLab, the real engine, the real model (``make screenshots``)."""
+"""Takes the pictures in ``docs/images``: a real JupyterLab, the real engine, the real model (``make screenshots``).
+
+Names on the command line (teaching, panel, recording, views) take only those.
+"""
 
 from __future__ import annotations
 
@@ -152,11 +155,16 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="iw-"))
     with running_jupyterlab(folder) as lab, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        teaching(chromium, lab)
+        wanted = set(sys.argv[1:]) or {"teaching", "panel", "recording", "views"}
+        if "teaching" in wanted:
+            teaching(chromium, lab)
         for theme in ("light", "dark"):
-            panel(chromium, lab, theme)
-            recording(chromium, lab, theme)
-        views(chromium, lab)
+            if "panel" in wanted:
+                panel(chromium, lab, theme)
+            if "recording" in wanted:
+                recording(chromium, lab, theme)
+        if "views" in wanted:
+            views(chromium, lab)
         chromium.close()
     shutil.rmtree(folder, ignore_errors=True)
     print(*sorted(IMAGES.glob("*.png")), sep="\n")
