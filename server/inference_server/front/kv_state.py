@@ -70,11 +70,11 @@ class KvState:
             return
         if self._copied is not None:
             # The copy was allocated last; its place is that of the block it was copied from.
-            table.remove(self._copied)
-            table[table.index(block)] = self._copied
+            _remove_last(table, self._copied)
+            table[_last_index(table, block)] = self._copied
             self._copied = None
             return
-        table.remove(block)
+        _remove_last(table, block)
         if not table:
             del self.tables[request]
 
@@ -97,3 +97,15 @@ class KvState:
             block=[block for _, block, _ in rows],
             request=[request for _, _, request in rows],
         )
+
+
+def _last_index(table: list[int], block: int) -> int:
+    """Where ``block`` stands, looked for from the end: there it is in a table that is given back, however long."""
+    for index in range(len(table) - 1, -1, -1):
+        if table[index] == block:
+            return index
+    raise ValueError(f"block {block} is not in the table")
+
+
+def _remove_last(table: list[int], block: int) -> None:
+    del table[_last_index(table, block)]
