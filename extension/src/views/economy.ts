@@ -48,7 +48,7 @@ export class Economy extends Card {
         h(
           'label',
           { class: 'iw-field', title: trans.__('What one hour of this machine costs you, in dollars') },
-          h('span', { text: trans.__('$ per hour') }),
+          h('span', { text: trans.__('$/hour') }),
           price
         )
       ]

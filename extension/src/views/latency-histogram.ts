@@ -106,6 +106,10 @@ export class LatencyHistogram extends Plot {
       x_axis_label: trans.__('ms'),
       y_axis_label: trans.__('how many')
     });
+    for (const axis of figure.axes) {
+      // On the logarithmic one every digit would be written out, one over the other.
+      (axis.ticker as unknown as { mantissas?: number[] }).mantissas = [1, 2, 5];
+    }
     this.bars = new bokeh.ColumnDataSource({ data: { left: [], right: [], top: [] } });
     this.marks = new bokeh.ColumnDataSource({ data: { x: [], y: [], text: [] } });
     const bars = figure.quad(

@@ -10,7 +10,7 @@ import { stepsWithin } from '../telemetry/window';
 import type { Bokeh, ColumnDataSource, Figure, Range1d } from './bokeh';
 import type { LegendEntry, Table } from './card';
 import { kindColour, PHASE, PHASE_ON_DARK } from './colours';
-import { bytes, duration, magnitude, percent, significant } from './format';
+import { bytes, duration, percent, significant } from './format';
 import { Plot } from './plot';
 import type { ViewContext } from './view';
 
@@ -173,9 +173,9 @@ export class Roofline extends Plot {
         percent(mfu)
       ),
       trans.__(
-        'ceilings %1/s and %2FLOP/s (%3)',
+        'ceilings %1/s and %2 GFLOP/s (%3)',
         bytes(ceilings.read_bytes_per_s),
-        magnitude(ceilings.flops_per_s),
+        significant(ceilings.flops_per_s / 1e9),
         ceilings.dtype
       ),
       (ceilings.others_cores ?? 0) > BUSY_CORES

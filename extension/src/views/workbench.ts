@@ -198,7 +198,13 @@ export class Workbench {
     );
     if (replay && transport) {
       this.element.addEventListener('keydown', transport.onKey);
-      this.stops.push(replay.source.onMove(this.loop.requestNow));
+      this.stops.push(
+        replay.source.onMove(() => {
+          // What plays by itself is read like a live server; only a hand wants to be followed at once.
+          this.loop.setRate(replay.source.playing ? (options.repaintRate ?? 10) : REPLAY_RATE);
+          this.loop.requestNow();
+        })
+      );
     }
     const seen = new IntersectionObserver(() => this.loop.requestNow());
     seen.observe(this.element);
