@@ -19,6 +19,7 @@ import type {
   TelemetryEvent,
   TokensEvent
 } from '../telemetry/protocol';
+import { Origin } from '../telemetry/protocol';
 import type { FeedEntry, RequestRecord, StepRecord, StoreState, TokenRecord } from '../telemetry/store';
 import { DEFAULT_LIMITS, makeStepRecord, TelemetryStore } from '../telemetry/store';
 
@@ -35,6 +36,8 @@ export interface TokenColumns {
   latency_ns: Float64Array;
   /** One column per name in `PARTS`; null where no token has parts. */
   parts: readonly Float64Array[] | null;
+  /** NaN where a recording does not say it yet. */
+  origin: Float64Array;
 }
 
 /** What a timeline is made of: a recording's tables as events, each list in the order in which it happened. */
@@ -306,7 +309,8 @@ export class Timeline {
         epoch: step === null ? null : step.epoch,
         batch: step === null ? null : step.request.length,
         kind: share < 0 ? null : step!.kind[share],
-        parts: parts === null || Number.isNaN(parts[0][row]) ? null : parts.map(column => column[row])
+        parts: parts === null || Number.isNaN(parts[0][row]) ? null : parts.map(column => column[row]),
+        origin: tokens.origin[row] || Origin.Plain
       };
       this.tokenRecords[row] = record;
     }
@@ -341,7 +345,8 @@ export class Timeline {
       logprob: [...tokens.logprob.subarray(row, to)].map(orNull),
       sent_ns: [...tokens.sent_ns.subarray(row, to)],
       latency_ns: [...tokens.latency_ns.subarray(row, to)],
-      parts: parts.map(column => [...column.subarray(row, to)])
+      parts: parts.map(column => [...column.subarray(row, to)]),
+      origin: [...tokens.origin.subarray(row, to)].map(origin => origin || Origin.Plain)
     };
   }
 

@@ -63,11 +63,10 @@ class ModelRunner:
         segments: list[Segment] = []
         decodes: list[tuple[int, np.ndarray]] = []
         for item in plan.items:
-            offset, end = len(ids), item.start + item.count
-            ids.extend(item.request.tokens[item.start : end])
+            offset, end = len(ids), item.end
+            ids.extend(item.tokens())
             positions.append(np.arange(item.start, end))
-            if item.sample:
-                keep.append(len(ids) - 1)
+            keep += range(len(ids) - item.num_sampled, len(ids))
             if not plan.use_cache:
                 segments.append(Segment(offset, item.count, item.start, None))
                 continue

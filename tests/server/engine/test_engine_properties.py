@@ -50,6 +50,8 @@ SWITCHES: dict[str, list[Any]] = {
     "max_num_seqs": [1, 3, 8],
     "max_num_batched_tokens": [5, 40, 256],
     "response_cache": [True, False],
+    "speculation": ["off", "ngram", "ngram"],
+    "num_speculative_tokens": [1, 3, 8],
     "instrumentation": ["full", "steps"],
 }
 LENGTHS = (1, 3, 8, 17, 40)

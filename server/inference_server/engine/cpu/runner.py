@@ -22,8 +22,9 @@ from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
 from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.features import MAX_DRAFTS
 
-LONG_SEGMENT = 16
+LONG_SEGMENT = MAX_DRAFTS + 1
 """A request that computes more positions than this in one step attends through torch, fewer through own kernel."""
 PASS_BYTES = 1 << 24
 """Weights that one pass of a measurement reads, about."""
@@ -191,8 +192,7 @@ class FastRunner:
         for item in plan.items:
             offset, start, request = len(ids), item.start, item.request
             end = start + item.count
-            if item.sample:
-                kept.append(offset + item.count - 1)
+            kept += range(offset + item.count - item.num_sampled, offset + item.count)
             if not plan.use_cache:
                 ids += request.tokens[start:end]
                 positions += range(start, end)
@@ -203,7 +203,7 @@ class FastRunner:
                 positions.append(start)
                 slots.append(request.blocks[start // size] * size + start % size)
             else:
-                ids += request.tokens[start:end]
+                ids += item.tokens()
                 positions += range(start, end)
                 blocks = request.blocks
                 slots += [blocks[position // size] * size + position % size for position in range(start, end)]

@@ -1,0 +1,297 @@
+"""Speculation changes when tokens come, never which: for every proposer, number of tokens, and switch in the middle."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import build
+from serving import GREEDY, engine_for, generate, run, submit
+from test_sampling import DRAWS, PARAMETERS, VOCABULARY, expected_distribution
+from test_structured import SCHEMA
+
+from inference_server.engine import rejection
+from inference_server.engine.core import Engine, RequestError
+from inference_server.engine.request import Request
+from inference_server.engine.scheduler import Scheduled
+from inference_server.engine.speculation.ngram import NgramProposer
+from inference_server.features import FeatureError
+from inference_server.protocol import EngineConfig, Kind, Origin, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A model that repeats itself, with exceptions: few words, of which the last one matters most."""
+    model = build("llama")
+    model.lm_head.weight.data[10:] = 0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= 0.4
+        layer.mlp.down_proj.weight.data *= 0.4
+    return model
+
+
+def repetitive(length: int, seed: int) -> list[int]:
+    """A prompt of few phrases, so that there is something to look up."""
+    random = Random(seed)
+    phrases = [[random.randrange(3, 256) for _ in range(random.randrange(2, 6))] for _ in range(3)]
+    text: list[int] = []
+    while len(text) < length:
+        text += random.choice(phrases)
+    return text[:length]
+
+
+# -- which tokens ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_greedy_output_is_the_same_as_without(model: Any, k: int, fast: bool) -> None:
+    prompts = {handle: repetitive(5 + 3 * handle, handle) for handle in range(7)}
+    features = {"speculation": "ngram", "num_speculative_tokens": k, "fast_path": fast}
+    engine = engine_for(model, features=features)
+    for handle, tokens in prompts.items():
+        submit(engine, handle, tokens, max_tokens=40, **GREEDY)
+    assert run(engine) == {handle: generate(model, tokens, 40) for handle, tokens in prompts.items()}
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 0.0, "frequency_penalty": 0.6, "presence_penalty": 0.4},
+    {"temperature": 0.3, "seed": 1},
+    {"temperature": 0.6, "top_k": 4, "seed": 2},
+    {"temperature": 0.5, "top_p": 0.7, "min_p": 0.05, "seed": 3},
+    {"temperature": 0.4, "repetition_penalty": 1.3, "seed": 4},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_seeded_output_is_the_same_as_without(model: Any, sampling: dict[str, Any]) -> None:
+    outputs = []
+    for method in ("off", "ngram"):
+        engine = engine_for(model, features={"speculation": method, "num_speculative_tokens": 5})
+        for handle in range(6):
+            submit(engine, handle, repetitive(30, handle), max_tokens=30, ignore_eos=True, **sampling)
+        outputs.append(run(engine))
+    assert outputs[0] == outputs[1]
+
+
+def test_it_ends_at_the_same_token_as_without(model: Any) -> None:
+    # A stop token in the middle of what was accepted: nothing after it is said.
+    prompt = repetitive(40, 3)
+    free = generate(model, prompt, 60)
+    stops = {token for token, count in zip(*np.unique(free, return_counts=True), strict=True) if count == 1}
+    stop = next(token for token in free[20:] if token in stops)
+    for features in ({}, {"speculation": "ngram", "num_speculative_tokens": 8}):
+        engine = engine_for(model, features=features)
+        submit(engine, 0, prompt, max_tokens=60, temperature=0, ignore_eos=True, stop_token_ids=(int(stop),))
+        request = engine.requests[0]
+        assert run(engine)[0] == free[: free.index(stop) + 1]
+        assert request.finish_reason == "stop"
+
+
+def test_no_more_than_max_tokens_are_said_or_computed(model: Any) -> None:
+    prompt = [5, 6, 7, 8] * 10
+    for count in range(1, 12):
+        engine = engine_for(model, max_model_len=len(prompt) + count, features={"speculation": "ngram"})
+        submit(engine, 0, prompt, max_tokens=count, **GREEDY)
+        farthest = 0
+        while engine.has_work():
+            report, _ = engine.step()
+            assert report is not None
+            farthest = max(farthest, report.step.start[0] + report.step.scheduled[0])
+        assert farthest <= len(prompt) + count - 1, "the last token's key is nobody's"
+
+
+def test_structured_output_is_the_same_and_valid(tiny_model: Any) -> None:
+    outputs = []
+    for features in ({}, {"speculation": "ngram", "num_speculative_tokens": 6}):
+        engine = Engine.load(EngineConfig(model=str(tiny_model), kv_bytes=1 << 20, features=features), lambda *_: None)
+        for handle in range(4):
+            sampling = {"temperature": 0.9 if handle % 2 else 0.0, "seed": handle}
+            submit(engine, handle, [10 + handle, 11], max_tokens=200, json_schema=json.dumps(SCHEMA), **sampling)
+        requests = list(engine.requests.values())
+        outputs.append(run(engine))
+        assert [request.finish_reason for request in requests] == ["stop"] * 4
+    assert outputs[0] == outputs[1]
+
+
+def test_a_hundred_prompts_with_switches_in_the_middle(model: Any) -> None:
+    random = Random(8)
+    engine = engine_for(model, kv_bytes=1 << 17, max_num_seqs=16)
+    prompts = {handle: repetitive(random.randrange(1, 40), handle) for handle in range(100)}
+    expected = {handle: generate(model, tokens, 30) for handle, tokens in prompts.items()}
+    choices: dict[str, list[Any]] = {
+        "speculation": ["off", "ngram"],
+        "num_speculative_tokens": list(range(1, 9)),
+        "fast_path": [True, False],
+        "max_num_batched_tokens": [3, 8, 64, 2048],
+        "preemption": ["recompute", "swap"],
+        "block_size": [4, 16],
+    }
+    outputs: dict[int, list[int]] = {handle: [] for handle in prompts}
+    waiting, accepted = list(prompts), 0
+    while waiting or engine.has_work():
+        if waiting and len(engine.requests) < 12:
+            handle = waiting.pop()
+            submit(engine, handle, prompts[handle], max_tokens=30, **GREEDY)
+        if random.random() < 0.3:
+            name = random.choice(list(choices))
+            try:
+                engine.set_features(0, {name: random.choice(choices[name])})
+            except FeatureError:
+                pass  # a cache too small for what runs
+        report, _ = engine.step()
+        if report is not None:
+            accepted += sum(report.accepted)
+            for handle, token in zip(report.tokens.request, report.tokens.token_id, strict=True):
+                outputs[handle].append(token)
+    engine.check_integrity()
+    assert outputs == expected
+    assert accepted > 100, "there was something to roll back and something to keep"
+
+
+@pytest.mark.parametrize("name", ["plain", "top-p", "all"])
+def test_what_is_said_follows_the_exact_distribution_whatever_was_proposed(name: str) -> None:
+    """Two tokens at once, against the product of the model's own distributions, over the draws of many seeds."""
+    sampling = PARAMETERS[name]
+    generator = np.random.default_rng(5)
+    first, second = generator.normal(0, 1.2, VOCABULARY), generator.normal(0, 1.2, (VOCABULARY, VOCABULARY))
+    text, prompt_len = [3, 3, 7, 11, 11, 11, 5], 2
+    p = expected_distribution(first, text, prompt_len, sampling)
+    draft = int(p.argmax())
+    want = expected_distribution(second[draft], [*text, draft], prompt_len, sampling)
+    firsts, seconds = np.zeros(VOCABULARY), np.zeros(VOCABULARY)
+    batch = 1000
+    # Rows: after the text; after the text and what was proposed. A wrong second proposal stands behind.
+    rows = torch.tensor(np.stack([first, second[draft], second[1]]), dtype=torch.float32).repeat(batch, 1)
+    for start in range(0, DRAWS, batch):
+        items = []
+        for seed in range(start, start + batch):
+            params = SamplingParams(max_tokens=100, **sampling)
+            request = Request(0, prompt_len, list(text), params, seed, 0)
+            item = Scheduled(request, len(text) - 1, 3, Kind.VERIFY, sample=True)
+            item.propose([draft, 1])
+            items.append(item)
+        for tokens in rejection.verify(rows, items).tokens:
+            firsts[tokens[0]] += 1
+            assert (len(tokens) > 1) == (tokens[0] == draft), "the first was accepted exactly where it was proposed"
+            if len(tokens) > 1:
+                seconds[tokens[1]] += 1
+    for counts, distribution in ((firsts, p), (seconds, want)):
+        assert counts[distribution == 0].sum() == 0
+        allowed = distribution > 0
+        expected = counts.sum() * distribution[allowed]
+        chi_square = ((counts[allowed] - expected) ** 2 / expected).sum()
+        freedom = allowed.sum() - 1
+        limit = freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
+        assert chi_square < limit, f"chi-square {chi_square:.1f} with {freedom} degrees of freedom"
+
+
+# -- what is proposed --------------------------------------------------------------------------------------------------
+
+
+def lookup(tokens: list[int], most: int) -> list[int]:
+    """The definition: the longest run of 4 to 2 tokens at the end that came before; what followed it there last."""
+    for size in (4, 3, 2):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tokens[-size:]:
+                period = len(tokens) - end
+                return [tokens[end + place % period] for place in range(most)]
+    return []
+
+
+def test_prompt_lookup_finds_what_a_search_through_the_text_finds() -> None:
+    random = Random(4)
+    for seed in range(30):
+        request = Request(seed, 5, repetitive(5, seed), SamplingParams(max_tokens=500), 0, 0)
+        proposer = NgramProposer()
+        for _ in range(60):
+            most = random.randrange(1, 9)
+            count = proposer.wish(request, most)
+            item = Scheduled(request, len(request.tokens) - 1, 1 + count, Kind.VERIFY, sample=True)
+            assert proposer.propose(None, [item])[0] == lookup(request.tokens, most)  # type: ignore[arg-type]
+            request.tokens += [random.randrange(4) for _ in range(random.randrange(1, 4))]
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_reports_say_what_was_proposed_and_what_became_of_it(model: Any) -> None:
+    engine = engine_for(model, features={"speculation": "ngram", "num_speculative_tokens": 3})
+    submit(engine, 0, repetitive(40, 3), max_tokens=60, **GREEDY)
+    submit(engine, 1, repetitive(40, 3), max_tokens=60, overrides={"speculation": "off"}, **GREEDY)
+    origins = []
+    while engine.has_work():
+        report, _ = engine.step()
+        assert report is not None
+        step, tokens = report.step, report.tokens
+        assert sum(step.drafted) == sum(report.drafted)
+        told = tokens.origin or [Origin.PLAIN] * len(tokens.request)
+        for place, handle in enumerate(step.request):
+            own = [origin for request, origin in zip(tokens.request, told, strict=True) if request == handle]
+            drafted, accepted = (step.drafted[place], step.accepted[place]) if step.drafted else (0, 0)
+            assert (step.kind[place] == Kind.VERIFY) == (drafted > 0)
+            assert step.scheduled[place] == 1 + drafted or step.kind[place] == Kind.PREFILL
+            assert step.speculation == "ngram" or not drafted
+            assert step.draft_ns > 0 or not drafted
+            if drafted:
+                assert handle == 0, "the other asked for none"
+                last = Origin.BONUS if accepted == drafted else Origin.CORRECTED
+                assert own == ([Origin.ACCEPTED] * accepted + [last])[: len(own)]
+                origins += own
+            else:
+                assert own in ([Origin.PLAIN], [])
+    assert {Origin.ACCEPTED, Origin.CORRECTED, Origin.BONUS} <= set(origins)
+    assert len(engine.requests) == 0
+
+
+def test_a_request_may_choose_for_itself(model: Any) -> None:
+    prompt = repetitive(40, 3)
+    engine = engine_for(model)
+    submit(engine, 0, prompt, max_tokens=30, overrides={"speculation": "ngram", "num_speculative_tokens": 2}, **GREEDY)
+    most = 0
+    while engine.has_work():
+        report, _ = engine.step()
+        assert report is not None
+        most = max([most, *report.drafted])
+    assert most == 2
+    with pytest.raises(RequestError, match="'speculation' is one of off, ngram"):
+        submit(engine, 1, prompt, max_tokens=3, overrides={"speculation": "guess"}, **GREEDY)
+    with pytest.raises(RequestError, match="must be between 1 and 16, not 17"):
+        submit(engine, 1, prompt, max_tokens=3, overrides={"num_speculative_tokens": 17}, **GREEDY)
+
+
+def test_what_excludes_speculation_is_named(model: Any) -> None:
+    engine = engine_for(model, features={"speculation": "ngram"})
+    with pytest.raises(FeatureError, match="kv_cache=false and speculation=ngram exclude each other"):
+        engine.set_features(0, {"kv_cache": False})
+    engine.set_features(0, {"kv_cache": False, "speculation": "off"})
+    with pytest.raises(FeatureError, match="exclude each other"):
+        engine.set_features(0, {"speculation": "ngram"})
+    submit(engine, 0, repetitive(30, 0), max_tokens=5, overrides={"speculation": "ngram"}, **GREEDY)
+    assert run(engine)[0] == generate(model, repetitive(30, 0), 5), "runs plainly"
+
+
+def test_proposals_leave_room_for_prompts_and_for_other_requests(model: Any) -> None:
+    # Few positions a step: every decoding request gets its own first, and a prompt that waits at least half the rest.
+    features = {"speculation": "ngram", "num_speculative_tokens": 16, "max_num_batched_tokens": 12}
+    engine = engine_for(model, features=features)
+    for handle in range(3):
+        submit(engine, handle, [5, 6, 7, 8] * 6, max_tokens=80, **GREEDY)
+    for _ in range(12):
+        engine.step()
+    submit(engine, 9, repetitive(60, 1), max_tokens=3, **GREEDY)
+    shares = []
+    for _ in range(6):
+        report, _ = engine.step()
+        assert report is not None
+        by_request = dict(zip(report.step.request, report.step.scheduled, strict=True))
+        assert sum(by_request.values()) <= 12
+        assert all(by_request.get(handle, 0) for handle in range(3) if handle in engine.requests)
+        shares.append(by_request.get(9, 0))
+    assert min(itertools.takewhile(bool, shares)) >= 4
