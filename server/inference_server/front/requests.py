@@ -447,7 +447,10 @@ class RequestTable:
         sample.output_tokens += 1
         if sample.state != "running":
             self._change_state(sample.handle, "running")
-        silent = finish == "stop"  # the token that ends a text is no part of it
+        # The token that ends a text is no part of it, unless a schema is what it completes (a special one has no text).
+        silent = finish == "stop"
+        if silent and sample.detail is not None and sample.detail.sampling.json_schema is not None:
+            silent = token_id in sample.detail.sampling.stop_token_ids
         text = "" if silent else sample.detokenizer.add(token_id)
         if finish is not None:
             text += sample.detokenizer.finish()

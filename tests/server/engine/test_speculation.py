@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -84,11 +85,10 @@ def test_it_ends_at_the_same_token_as_without(model: Any) -> None:
     # A stop token in the middle of what was accepted: nothing after it is said.
     prompt = repetitive(40, 3)
     free = generate(model, prompt, 60)
-    stops = {token for token, count in zip(*np.unique(free, return_counts=True), strict=True) if count == 1}
-    stop = next(token for token in free[20:] if token in stops)
+    stop = max(set(free), key=free.index)
     for features in ({}, {"speculation": "ngram", "num_speculative_tokens": 8}):
         engine = engine_for(model, features=features)
-        submit(engine, 0, prompt, max_tokens=60, temperature=0, ignore_eos=True, stop_token_ids=(int(stop),))
+        submit(engine, 0, prompt, max_tokens=60, temperature=0, ignore_eos=True, stop_token_ids=(stop,))
         request = engine.requests[0]
         assert run(engine)[0] == free[: free.index(stop) + 1]
         assert request.finish_reason == "stop"
@@ -141,10 +141,8 @@ def test_a_hundred_prompts_with_switches_in_the_middle(model: Any) -> None:
             submit(engine, handle, prompts[handle], max_tokens=30, **GREEDY)
         if random.random() < 0.3:
             name = random.choice(list(choices))
-            try:
+            with contextlib.suppress(FeatureError):  # a cache too small for what runs
                 engine.set_features(0, {name: random.choice(choices[name])})
-            except FeatureError:
-                pass  # a cache too small for what runs
         report, _ = engine.step()
         if report is not None:
             accepted += sum(report.accepted)
@@ -155,7 +153,7 @@ def test_a_hundred_prompts_with_switches_in_the_middle(model: Any) -> None:
     assert accepted > 100, "there was something to roll back and something to keep"
 
 
-@pytest.mark.parametrize("name", ["plain", "top-p", "all"])
+@pytest.mark.parametrize("name", ["plain", "top-p"])
 def test_what_is_said_follows_the_exact_distribution_whatever_was_proposed(name: str) -> None:
     """Two tokens at once, against the product of the model's own distributions, over the draws of many seeds."""
     sampling = PARAMETERS[name]
@@ -167,15 +165,17 @@ def test_what_is_said_follows_the_exact_distribution_whatever_was_proposed(name:
     want = expected_distribution(second[draft], [*text, draft], prompt_len, sampling)
     firsts, seconds = np.zeros(VOCABULARY), np.zeros(VOCABULARY)
     batch = 1000
-    # Rows: after the text; after the text and what was proposed. A wrong second proposal stands behind.
-    rows = torch.tensor(np.stack([first, second[draft], second[1]]), dtype=torch.float32).repeat(batch, 1)
+    # Rows: after the text; after the text and what was proposed; in one case another proposal stands behind.
+    drafts = [draft, 1] if name == "plain" else [draft]
+    rows = torch.tensor(np.stack([first, second[draft], second[1]]), dtype=torch.float32)
+    rows = rows[: 1 + len(drafts)].repeat(batch, 1)
     for start in range(0, DRAWS, batch):
         items = []
         for seed in range(start, start + batch):
             params = SamplingParams(max_tokens=100, **sampling)
             request = Request(0, prompt_len, list(text), params, seed, 0)
-            item = Scheduled(request, len(text) - 1, 3, Kind.VERIFY, sample=True)
-            item.propose([draft, 1])
+            item = Scheduled(request, len(text) - 1, 1 + len(drafts), Kind.VERIFY, sample=True)
+            item.propose(drafts)
             items.append(item)
         for tokens in rejection.verify(rows, items).tokens:
             firsts[tokens[0]] += 1
