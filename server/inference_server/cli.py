@@ -68,6 +68,9 @@ def serve(
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="A smaller model with the same vocabulary that can propose tokens, as --model.")
+    ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let pages of this origin use the server. May be repeated.")
     ] = None,
@@ -94,6 +97,7 @@ def serve(
         "kv_memory": parse_bytes(kv_memory) if kv_memory is not None else None,
         "max_model_len": max_model_len,
         "threads": threads,
+        "draft_model": draft_model,
         "allowed_origins": tuple(allow_origin) if allow_origin else None,
         "origin": origin,
         "log_level": log_level,

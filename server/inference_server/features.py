@@ -40,6 +40,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     response_cache: bool = False
     speculation: str = "off"
     num_speculative_tokens: int = 4
+    early_exit_layers: int = 1
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     fast_path: bool = True
@@ -172,7 +173,8 @@ SPECS: tuple[FeatureSpec, ...] = (
         cost="free",
         description=(
             "Propose some tokens cheaply and let the model verify them in one step; the output keeps its distribution, "
-            "and its seed. ngram: what followed the same words earlier in the text."
+            "and its seed. ngram: what followed the same words earlier in the text. draft: a smaller model. "
+            "early_exit: this model's first layers."
         ),
     ),
     FeatureSpec(
@@ -185,6 +187,17 @@ SPECS: tuple[FeatureSpec, ...] = (
         maximum=MAX_DRAFTS,
         cost="free",
         description="How many tokens are proposed for a request in a step, at most. Each one rejected was in vain.",
+    ),
+    FeatureSpec(
+        name="early_exit_layers",
+        title="Early-exit layers",
+        group="Speculation",
+        kind="int",
+        default=1,
+        minimum=1,
+        maximum=256,
+        cost="free",
+        description="How many of the first layers propose under early_exit: few are quick, many are more often right.",
     ),
     FeatureSpec(
         name="max_num_seqs",

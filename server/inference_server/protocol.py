@@ -203,6 +203,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     threads: int | None = None
     """CPU threads for the forward pass; ``None`` leaves torch's own choice."""
+    draft_model: str | None = None
+    """A smaller model with the same vocabulary that can propose tokens; named as ``model`` is."""
     features: dict[str, bool | int | str] = {}
     """Feature values to start with, where they differ from the defaults."""
 

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import msgspec
 import torch
@@ -29,9 +29,8 @@ from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
-from inference_server.engine.speculation.ngram import NgramProposer
+from inference_server.engine.speculation import available
 from inference_server.engine.speculation.policy import Speculation, method_of
-from inference_server.engine.speculation.proposer import Proposer
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
 from inference_server.features import SPECS, FeatureError, Features, FeatureValue
@@ -185,14 +184,21 @@ class Engine:
     loaded : LoadedModel
     compilation : Compilation, optional
         Of the CPU kernels, where it was started beforehand.
+    draft : LoadedModel, optional
+        A smaller model that can propose tokens.
     """
 
     def __init__(
-        self, config: EngineConfig, loaded: LoadedModel, compilation: fast_path.Compilation | None = None
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        compilation: fast_path.Compilation | None = None,
+        draft: LoadedModel | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded
         self.epoch = 0
+        self.draft = draft
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
@@ -215,21 +221,20 @@ class Engine:
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
-        proposers: dict[str, Proposer] = {"ngram": NgramProposer()}
-        no_proposers = {
-            "draft": "there is no draft model yet",
-            "early_exit": "it is not implemented yet",
-            "eagle": "it is not implemented yet",
-        }
-        self.speculation = Speculation(proposers)
+        on_cpu = None if self.gpu is not None else cast("FastRunner | None", self.fast)
+        self._proposers = available.proposers(loaded, draft, self.runner, on_cpu, self.capacity)
+        self.speculation = Speculation(self._proposers.by_name)
+        if "early_exit" in self._proposers.unavailable:
+            unavailable["early_exit_layers"] = self._proposers.unavailable["early_exit"]
         defaults = Features(
             block_size=config.block_size,
             max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs),
+            early_exit_layers=max(2 * loaded.num_layers // 3, 1),
             fast_path=self.fast is not None,
             cuda_graphs=self.gpu is not None,
             overlap=self.gpu is not None,
         )
-        self.specs = _specs_here(defaults, config, unavailable, no_proposers)
+        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
         self._specs = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = feature_rules.apply(defaults, config.features, self._specs)
@@ -276,10 +281,13 @@ class Engine:
         compilation = fast_path.Compilation() if device.type == "cpu" else None
         located = locate.locate(config.model, progress)
         loaded = loader.load(located, device, dtype, progress)
+        draft = None
+        if config.draft_model is not None:
+            draft = loader.load(locate.locate(config.draft_model, progress), device, dtype, progress)
         progress("reserving the KV cache", 0.95, "")
         if compilation is not None and compilation.running:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
-        return cls(config, loaded, compilation)
+        return cls(config, loaded, compilation, draft)
 
     @property
     def cache(self) -> KVCache:
@@ -330,6 +338,7 @@ class Engine:
     def _capacity(self) -> Capacity:
         loaded, config = self.loaded, self.config
         per_token = loaded.kv_bytes_per_token
+        draft_per_token = self.draft.kv_bytes_per_token if self.draft is not None else 0
         wanted = config.kv_bytes
         if wanted is None:
             if loaded.device.type == "cuda":
@@ -340,7 +349,7 @@ class Engine:
         max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         # More blocks than every request at its longest could fill would only take memory from others.
         useful = config.max_num_seqs * -(-max_model_len // config.block_size)
-        num_blocks = min(wanted // (per_token * config.block_size), useful)
+        num_blocks = min(wanted // ((per_token + draft_per_token) * config.block_size), useful)
         if num_blocks < 1:
             raise ModelError(
                 f"{wanted:,} bytes of KV memory hold no block of {config.block_size} positions "
@@ -500,8 +509,9 @@ class Engine:
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
-        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
-        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values])
+        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers(), *self._proposers.weights]
+        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values, *self._proposers.caches])
+        self.speculation.forget()
         self._restart_cache(self.features)
         if self.gpu is not None:
             self.gpu.forget_graphs()
@@ -946,12 +956,17 @@ class Engine:
 
 
 def _specs_here(
-    defaults: Features, config: EngineConfig, unavailable: dict[str, str], no_proposers: dict[str, str]
+    defaults: Features,
+    config: EngineConfig,
+    num_layers: int,
+    unavailable: dict[str, str],
+    no_proposers: dict[str, str],
 ) -> tuple[FeatureSpec, ...]:
     """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
     specs = []
     for spec in SPECS:
-        maximum = config.max_num_seqs if spec.name == "max_num_seqs" else spec.maximum
+        limits = {"max_num_seqs": config.max_num_seqs, "early_exit_layers": max(num_layers - 1, 1)}
+        maximum = limits.get(spec.name, spec.maximum)
         choices = no_proposers if spec.name == "speculation" else {}
         specs.append(
             msgspec.structs.replace(

@@ -68,6 +68,8 @@ class StepPlan:
     use_cache: bool
     transfers: list[Transfer] = field(default_factory=list)
     """What to copy between KV blocks and host memory, in this order, before the forward pass."""
+    moves_blocks: bool = False
+    """There are such copies, or were: they leave the list once they are made."""
     preempted: list[Request] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
     """Requests that left the queue in this step."""
@@ -164,6 +166,7 @@ class Scheduler:
         if not features.kv_cache:
             self._schedule_uncached(features, plan)
         plan.transfers, self.cache.transfers = self.cache.transfers, []
+        plan.moves_blocks = bool(plan.transfers)
         plan.idle_slots = max(self._static_seats - len(self.running), 0) if features.batching == "static" else 0
         return plan
 

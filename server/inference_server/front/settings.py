@@ -44,6 +44,8 @@ class Settings(BaseSettings):
     """Bytes for the KV cache; ``None`` sizes it from what is free."""
     max_model_len: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
+    draft_model: str | None = None
+    """A smaller model with the same vocabulary, for speculative decoding."""
 
     engine_command: tuple[str, ...] = (sys.executable, "-m", "inference_server.engine")
     """What to run as the engine; ``--config``, ``--receive`` and ``--send`` are appended."""
@@ -100,6 +102,7 @@ class Settings(BaseSettings):
                 "kv_bytes": self.kv_memory,
                 "max_model_len": self.max_model_len,
                 "threads": self.threads,
+                "draft_model": self.draft_model,
             },
             EngineConfig,
         )

@@ -22,7 +22,8 @@ from inference_server.engine.core import Engine, RequestError
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled
 from inference_server.engine.speculation.ngram import NgramProposer
-from inference_server.features import FeatureError
+from inference_server.features import FeatureError, Features
+from inference_server.models.errors import ModelError
 from inference_server.protocol import EngineConfig, Kind, Origin, SamplingParams
 
 
@@ -50,15 +51,89 @@ def repetitive(length: int, seed: int) -> list[int]:
 # -- which tokens ------------------------------------------------------------------------------------------------------
 
 
+METHODS = ["ngram", "early_exit", "draft"]
+
+
+def engine_with_draft(model: Any, **config: Any) -> Engine:
+    """An engine whose draft model is the model's first two layers: right often, and wrong often."""
+    draft = build("llama")
+    draft.load_state_dict(model.state_dict())
+    draft.model.layers = draft.model.layers[:2]
+    draft.config.num_hidden_layers = 2
+    return engine_for(model, draft=draft, **config)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any) -> dict[int, list[int]]:
+    return {handle: generate(model, repetitive(5 + 3 * handle, handle), 40) for handle in range(7)}
+
+
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_greedy_output_is_the_same_as_without(model: Any, k: int, fast: bool) -> None:
-    prompts = {handle: repetitive(5 + 3 * handle, handle) for handle in range(7)}
-    features = {"speculation": "ngram", "num_speculative_tokens": k, "fast_path": fast}
-    engine = engine_for(model, features=features)
-    for handle, tokens in prompts.items():
-        submit(engine, handle, tokens, max_tokens=40, **GREEDY)
-    assert run(engine) == {handle: generate(model, tokens, 40) for handle, tokens in prompts.items()}
+@pytest.mark.parametrize("method", METHODS)
+def test_greedy_output_is_the_same_as_without(
+    model: Any, expected: dict[int, list[int]], method: str, fast: bool
+) -> None:
+    engine = engine_with_draft(model, features={"speculation": method, "fast_path": fast})
+    for k in (*range(1, 9), 16):
+        engine.set_features(0, {"num_speculative_tokens": k})
+        for handle in expected:
+            submit(engine, handle, repetitive(5 + 3 * handle, handle), max_tokens=40, **GREEDY)
+        assert run(engine) == expected, f"k = {k}"
+
+
+@pytest.mark.parametrize("method", ["early_exit", "draft"])
+def test_a_model_that_says_the_same_is_always_right(model: Any, method: str) -> None:
+    # All but the last layer, which does nothing here; and as a draft model, the model itself.
+    idle = build("llama")
+    idle.load_state_dict(model.state_dict())
+    idle.model.layers[2].self_attn.o_proj.weight.data.zero_()
+    idle.model.layers[2].mlp.down_proj.weight.data.zero_()
+    features = {"speculation": method, "num_speculative_tokens": 4, "early_exit_layers": 2}
+    engine = engine_for(idle, draft=idle, features=features)
+    prompts = {handle: repetitive(9, handle) for handle in range(3)}
+    for handle, prompt in prompts.items():
+        submit(engine, handle, prompt, max_tokens=26, **GREEDY)
+    steps = []
+    while engine.has_work():
+        report, _ = engine.step()
+        assert report is not None
+        steps.append((report.drafted, report.accepted))
+    assert steps == [([], [])] + [([4] * 3, [4] * 3)] * 5, "after the prompt, five tokens a step"
+
+
+def test_a_draft_model_switched_on_in_the_middle_catches_up_in_pieces(model: Any) -> None:
+    prompt = repetitive(100, 1)
+    engine = engine_for(model, draft=model, features={"num_speculative_tokens": 4})
+    submit(engine, 0, prompt, max_tokens=40, **GREEDY)
+    for _ in range(5):
+        engine.step()
+    engine.set_features(0, {"speculation": "draft", "max_num_batched_tokens": 40})
+    drafted, output = [], 5
+    while engine.has_work():
+        report, _ = engine.step()
+        assert report is not None
+        drafted.append(sum(report.drafted))
+        output += len(report.tokens.request)
+        assert sum(report.accepted) == sum(report.drafted)
+    assert drafted[:4] == [0, 0, 4, 4], "104 positions in pieces of 40"
+    assert output == 40
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(model: Any, tiny_model: Any) -> None:
+    other = build("llama")
+    other.resize_token_embeddings(300)
+    with pytest.raises(ModelError, match="its vocabulary is another one"):
+        engine_for(model, draft=other)
+
+
+def test_a_draft_model_that_is_short_of_memory_proposes_for_some(model: Any) -> None:
+    engine = engine_for(model, draft=model, kv_bytes=1 << 17, max_num_seqs=4, features={"speculation": "draft"})
+    shared = repetitive(48, 5)
+    # Shared in the model's cache, not in the draft model's: together more than that one holds.
+    prompts = {handle: [*shared, 3 + handle] for handle in range(12)}
+    for handle, prompt in prompts.items():
+        submit(engine, handle, prompt, max_tokens=8, **GREEDY)
+    assert run(engine) == {handle: generate(model, prompt, 8) for handle, prompt in prompts.items()}
 
 
 SAMPLING: list[dict[str, Any]] = [
@@ -72,13 +147,13 @@ SAMPLING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_seeded_output_is_the_same_as_without(model: Any, sampling: dict[str, Any]) -> None:
-    outputs = []
-    for method in ("off", "ngram"):
-        engine = engine_for(model, features={"speculation": method, "num_speculative_tokens": 5})
+    engine, outputs = engine_with_draft(model, features={"num_speculative_tokens": 5}), []
+    for method in ("off", *METHODS):
+        engine.set_features(0, {"speculation": method})
         for handle in range(6):
             submit(engine, handle, repetitive(30, handle), max_tokens=30, ignore_eos=True, **sampling)
         outputs.append(run(engine))
-    assert outputs[0] == outputs[1]
+    assert outputs[1:] == outputs[:1] * len(METHODS)
 
 
 def test_it_ends_at_the_same_token_as_without(model: Any) -> None:
@@ -122,11 +197,12 @@ def test_structured_output_is_the_same_and_valid(tiny_model: Any) -> None:
 
 def test_a_hundred_prompts_with_switches_in_the_middle(model: Any) -> None:
     random = Random(8)
-    engine = engine_for(model, kv_bytes=1 << 17, max_num_seqs=16)
+    engine = engine_with_draft(model, kv_bytes=1 << 17, max_num_seqs=16)
     prompts = {handle: repetitive(random.randrange(1, 40), handle) for handle in range(100)}
     expected = {handle: generate(model, tokens, 30) for handle, tokens in prompts.items()}
     choices: dict[str, list[Any]] = {
-        "speculation": ["off", "ngram"],
+        "speculation": ["off", *METHODS],
+        "early_exit_layers": [1, 2],
         "num_speculative_tokens": list(range(1, 9)),
         "fast_path": [True, False],
         "max_num_batched_tokens": [3, 8, 64, 2048],
@@ -214,7 +290,7 @@ def test_prompt_lookup_finds_what_a_search_through_the_text_finds() -> None:
             most = random.randrange(1, 9)
             count = proposer.wish(request, most)
             item = Scheduled(request, len(request.tokens) - 1, 1 + count, Kind.VERIFY, sample=True)
-            assert proposer.propose(None, [item])[0] == lookup(request.tokens, most)  # type: ignore[arg-type]
+            assert proposer.propose(None, [item], Features())[0] == lookup(request.tokens, most)  # type: ignore[arg-type]
             request.tokens += [random.randrange(4) for _ in range(random.randrange(1, 4))]
 
 

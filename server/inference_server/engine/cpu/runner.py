@@ -131,6 +131,15 @@ class FastRunner:
         p[kernels.P_SIN] = architecture.sin.data_ptr()
         self._reserve(32, 32)
 
+    def like(self, architecture: Architecture) -> FastRunner:
+        """A runner of another model over the same cache and threads, with what was measured for this one.
+
+        Its linear layers must have shapes that this one's have, such as those of some of its layers.
+        """
+        other = FastRunner(architecture, self.tensors, self.team.threads)
+        other._choices = self._choices
+        return other
+
     # -- kernels by measurement ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -177,7 +186,7 @@ class FastRunner:
     def prepare(self, plan: StepPlan) -> PackedStep:
         """Pack a plan. Work per request and step does not grow with the length of its context."""
         size = self.tensors.block_size
-        if plan.transfers or plan.step != self._last_step + 1:
+        if plan.moves_blocks or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while the other path ran.
             self._tables.clear()
         self._last_step = plan.step

@@ -216,7 +216,7 @@ class GpuRunner:
         size = self.tensors.block_size
         if size != self._block_size:
             self._reset_tables()
-        if plan.transfers or plan.step != self._last_step + 1:
+        if plan.moves_blocks or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while another path ran.
             for seat in self._seats.values():
                 seat.filled = 0

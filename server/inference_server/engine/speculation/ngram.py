@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.features import Features
 
 LONGEST = 4
 SHORTEST = 2
@@ -57,10 +58,13 @@ class NgramProposer:
         found = self._found[request.handle] = known[1].lookup(most)
         return len(found)
 
-    def propose(self, plan: StepPlan, items: list[Scheduled]) -> list[list[int]]:
+    def propose(self, plan: StepPlan, items: list[Scheduled], features: Features) -> list[list[int]]:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
-        del plan
+        del plan, features
         return [self._found[item.request.handle][: item.count - 1] for item in items]
+
+    def forget(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It remembers texts alone."""
 
     def _forget_ended(self) -> None:
         for handle in [handle for handle, (request, _) in self._indices.items() if request.finish_reason is not None]:

@@ -60,11 +60,16 @@ class Speculation:
         begin = time.monotonic_ns()
         for method, places in by_method.items():
             items = [plan.items[place] for place in places]
-            for item, drafts in zip(items, self._proposers[method].propose(plan, items), strict=True):
+            for item, drafts in zip(items, self._proposers[method].propose(plan, items, features), strict=True):
                 constraint = item.request.constraint
                 item.propose(drafts if constraint is None else drafts[: constraint.possible(drafts)])
         self.spent_ns = self.wishing_ns + time.monotonic_ns() - begin
         return "+".join(sorted(by_method)) if plan.num_drafts else ""
+
+    def forget(self) -> None:
+        """Every request's keys and values are gone."""
+        for proposer in self._proposers.values():
+            proposer.forget()
 
 
 def method_of(request: Request, features: Features) -> str:
