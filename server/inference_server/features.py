@@ -40,6 +40,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     response_cache: bool = False
     speculation: str = "off"
     num_speculative_tokens: int = 4
+    adaptive_speculation: bool = True
     early_exit_layers: int = 1
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
@@ -186,7 +187,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         minimum=1,
         maximum=MAX_DRAFTS,
         cost="free",
-        description="How many tokens are proposed for a request in a step, at most. Each one rejected was in vain.",
+        description="How many tokens are proposed for a request in a step, at most. Each rejected one was in vain.",
+    ),
+    FeatureSpec(
+        name="adaptive_speculation",
+        title="Adaptive speculation",
+        group="Speculation",
+        kind="bool",
+        default=True,
+        cost="free",
+        description=(
+            "Propose for each request as many tokens as pay, by measured acceptance and step times: none where plain "
+            "steps are faster. Off, always as many as there is room for."
+        ),
     ),
     FeatureSpec(
         name="early_exit_layers",

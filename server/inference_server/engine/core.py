@@ -555,6 +555,7 @@ class Engine:
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
+        self.speculation.switched(names)
         self._compile_where_asked()
         if "instrumentation" in names:
             self.cache.pool.events = [] if after.instrumentation == "full" else None
@@ -784,6 +785,9 @@ class Engine:
             if request.finish_reason is not None:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
+        self.speculation.learn(
+            plan, flight.features, accepted, time.monotonic_ns() - begin - flight.draft_ns, flight.draft_ns
+        )
         settled = self._settle(tokens.request)
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before

@@ -53,6 +53,7 @@ SWITCHES: dict[str, list[Any]] = {
     "speculation": ["off", "ngram", "early_exit", "draft"],
     "num_speculative_tokens": [1, 3, 8],
     "early_exit_layers": [1, 2],
+    "adaptive_speculation": [True, False, False],
     "instrumentation": ["full", "steps"],
 }
 LENGTHS = (1, 3, 8, 17, 40)

@@ -193,7 +193,7 @@ def test_speculation_on_the_fast_path_says_the_same() -> None:
     texts = [text + text for text in prompts(6)]
     outputs = []
     for features in ({"speculation": "off"}, {"speculation": "ngram"}, {"speculation": "ngram", "overlap": False}):
-        engine.set_features(0, {"overlap": True, **features})
+        engine.set_features(0, {"overlap": True, "adaptive_speculation": False, **features})
         for handle, text in enumerate(texts):
             submit(engine, handle, text, max_tokens=40, **(GREEDY if handle % 2 else {"temperature": 0.5, "seed": 3}))
         outputs.append(run(engine))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-from serving import GREEDY, engine_for, generate, run, submit
+from serving import GREEDY, generate, run, submit
+from serving import engine_for as build_engine
 from test_sampling import DRAWS, PARAMETERS, VOCABULARY, expected_distribution
 from test_structured import SCHEMA
 
@@ -25,6 +26,11 @@ from inference_server.engine.speculation.ngram import NgramProposer
 from inference_server.features import FeatureError, Features
 from inference_server.models.errors import ModelError
 from inference_server.protocol import EngineConfig, Kind, Origin, SamplingParams
+
+
+def engine_for(model: Any, features: dict[str, Any] | None = None, **config: Any) -> Engine:
+    """An engine that proposes as many tokens as it is told to."""
+    return build_engine(model, features={"adaptive_speculation": False, **(features or {})}, **config)
 
 
 @pytest.fixture(scope="module")

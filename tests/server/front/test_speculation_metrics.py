@@ -15,6 +15,7 @@ REPEATS = {"const": "ab" * 12}
 
 
 def test_what_became_of_proposals_is_counted_and_told(front: RunningFront) -> None:
+    front.http.patch("/features", json={"adaptive_speculation": False}).raise_for_status()
     before = samples(front)
     with Watcher(front.url, TOKEN) as watcher:
         body = {

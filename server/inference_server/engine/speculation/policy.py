@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import StepPlan, Wish
+from inference_server.engine.speculation.adaptive import Adaptive
 from inference_server.engine.speculation.proposer import Proposer
 from inference_server.features import Features
 from inference_server.protocol import Kind
+
+SPECULATION_FEATURES = frozenset(
+    {"speculation", "num_speculative_tokens", "adaptive_speculation", "early_exit_layers", "instrumentation"}
+)
+"""Switching these changes nothing about how long a step of so many positions takes."""
 
 
 class Speculation:
@@ -23,6 +29,7 @@ class Speculation:
 
     def __init__(self, proposers: Mapping[str, Proposer]) -> None:
         self._proposers = dict(proposers)
+        self._adaptive = Adaptive()
         self.spent_ns = 0
         """What proposing for the step that is being composed has cost so far."""
         self.wishing_ns = 0
@@ -36,17 +43,39 @@ class Speculation:
         if features.speculation == "off" and all(request.speculation in {None, "off"} for request in requests):
             return None
 
+        if features.adaptive_speculation:
+            counts = self._decide(features, requests)
+            return lambda request: counts.get(request.handle, 0)
+
         def wish(request: Request) -> int:
-            proposer = self._proposers.get(method_of(request, features))
-            if proposer is None:
-                return 0
             begin = time.monotonic_ns()
-            most = request.num_speculative_tokens or features.num_speculative_tokens
-            count = proposer.wish(request, min(most, request.sampling.max_tokens - request.num_output - 1))
+            count = self._wish(request, features)
             self.wishing_ns += time.monotonic_ns() - begin
             return count
 
         return wish
+
+    def _wish(self, request: Request, features: Features) -> int:
+        proposer = self._proposers.get(method_of(request, features))
+        most = request.num_speculative_tokens or features.num_speculative_tokens
+        most = min(most, request.sampling.max_tokens - request.num_output - 1)
+        return proposer.wish(request, most) if proposer is not None and most > 0 else 0
+
+    def _decide(self, features: Features, requests: list[Request]) -> dict[int, int]:
+        begin = time.monotonic_ns()
+        wanted: list[tuple[Request, str, int]] = []
+        plain = 0
+        for request in requests:
+            if request.num_tokens - request.num_computed != 1:
+                continue
+            count = self._wish(request, features)
+            if count > 0:
+                wanted.append((request, method_of(request, features), count))
+            else:
+                plain += 1
+        counts = self._adaptive.decide(wanted, plain) if wanted else {}
+        self.wishing_ns += time.monotonic_ns() - begin
+        return counts
 
     def propose(self, plan: StepPlan, features: Features) -> str:
         """Fill in the proposals that the step has room for; return who made them, ``""`` for nobody."""
@@ -65,6 +94,32 @@ class Speculation:
                 item.propose(drafts if constraint is None else drafts[: constraint.possible(drafts)])
         self.spent_ns = self.wishing_ns + time.monotonic_ns() - begin
         return "+".join(sorted(by_method)) if plan.num_drafts else ""
+
+    def learn(
+        self, plan: StepPlan, features: Features, accepted: Mapping[int, int], step_ns: int, draft_ns: int
+    ) -> None:
+        """Take in what became of a step.
+
+        Parameters
+        ----------
+        plan : StepPlan
+        features : Features
+            It was computed under.
+        accepted : mapping of int to int
+            By handle: how many proposed tokens were accepted.
+        step_ns, draft_ns : int
+            How long the step took without proposing, and how long that took.
+        """
+        methods = [method_of(item.request, features) for item in plan.items]
+        counts = [accepted.get(item.request.handle, 0) for item in plan.items]
+        self._adaptive.observe(plan.items, methods, counts, step_ns, draft_ns)
+
+    def switched(self, names: Collection[str]) -> None:
+        """Some features have other values from now on."""
+        if "early_exit_layers" in names:
+            self._adaptive.forget_method("early_exit")
+        if not SPECULATION_FEATURES.issuperset(names):
+            self._adaptive.forget_costs()
 
     def forget(self) -> None:
         """Every request's keys and values are gone."""
