@@ -71,6 +71,9 @@ def serve(
     draft_model: Annotated[
         str | None, typer.Option(help="A smaller model with the same vocabulary that can propose tokens, as --model.")
     ] = None,
+    eagle_head: Annotated[
+        str | None, typer.Option(help="Folder of an EAGLE-3 head for the model, in the format of speculators.")
+    ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let pages of this origin use the server. May be repeated.")
     ] = None,
@@ -98,6 +101,7 @@ def serve(
         "max_model_len": max_model_len,
         "threads": threads,
         "draft_model": draft_model,
+        "eagle_head": eagle_head,
         "allowed_origins": tuple(allow_origin) if allow_origin else None,
         "origin": origin,
         "log_level": log_level,

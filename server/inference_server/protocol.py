@@ -205,6 +205,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CPU threads for the forward pass; ``None`` leaves torch's own choice."""
     draft_model: str | None = None
     """A smaller model with the same vocabulary that can propose tokens; named as ``model`` is."""
+    eagle_head: str | None = None
+    """Folder of an EAGLE-3 head in the format of ``speculators``; ``None`` takes the one that comes with the model."""
     features: dict[str, bool | int | str] = {}
     """Feature values to start with, where they differ from the defaults."""
 

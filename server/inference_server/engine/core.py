@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import msgspec
@@ -29,12 +30,13 @@ from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
-from inference_server.engine.speculation import available
+from inference_server.engine.speculation import available, eagle_head
+from inference_server.engine.speculation.eagle_head import EagleHead
 from inference_server.engine.speculation.policy import Speculation, method_of
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
 from inference_server.features import SPECS, FeatureError, Features, FeatureValue
-from inference_server.models import locate
+from inference_server.models import heads, locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
     Capacity,
@@ -186,6 +188,8 @@ class Engine:
         Of the CPU kernels, where it was started beforehand.
     draft : LoadedModel, optional
         A smaller model that can propose tokens.
+    head : EagleHead, optional
+        Made for the model, to propose tokens.
     """
 
     def __init__(
@@ -194,6 +198,7 @@ class Engine:
         loaded: LoadedModel,
         compilation: fast_path.Compilation | None = None,
         draft: LoadedModel | None = None,
+        head: EagleHead | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -222,7 +227,7 @@ class Engine:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
         on_cpu = None if self.gpu is not None else cast("FastRunner | None", self.fast)
-        self._proposers = available.proposers(loaded, draft, self.runner, on_cpu, self.capacity)
+        self._proposers = available.proposers(loaded, draft, head, self.runner, on_cpu, self.capacity)
         self.speculation = Speculation(self._proposers.by_name)
         if "early_exit" in self._proposers.unavailable:
             unavailable["early_exit_layers"] = self._proposers.unavailable["early_exit"]
@@ -287,7 +292,9 @@ class Engine:
         progress("reserving the KV cache", 0.95, "")
         if compilation is not None and compilation.running:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
-        return cls(config, loaded, compilation, draft)
+        folder = Path(config.eagle_head) if config.eagle_head is not None else heads.packaged(located)
+        head = eagle_head.load(folder) if folder is not None else None
+        return cls(config, loaded, compilation, draft, head)
 
     @property
     def cache(self) -> KVCache:
@@ -678,9 +685,11 @@ class Engine:
             try:
                 proposers = self.speculation.propose(plan, features)
                 phases.end("forward")
+                self.speculation.before_forward(runner, plan, features)
                 packed = runner.prepare(plan)
                 phases.end("prepare")
                 logits = runner.forward(plan, packed)
+                self.speculation.after_forward(runner, plan, features)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

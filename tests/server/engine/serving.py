@@ -19,8 +19,8 @@ DEVICE = torch.device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
-def engine_for(model: Any, draft: Any = None, **config: Any) -> Engine:
-    """An engine around a model that is in memory, and a draft model."""
+def engine_for(model: Any, draft: Any = None, head: Any = None, **config: Any) -> Engine:
+    """An engine around a model that is in memory, a draft model, and an EAGLE-style head."""
     loaded, drafting = (
         loader.inspect(each.to(DEVICE), LocatedModel("model", "memory", Path()), DEVICE, each.dtype, lambda *_: None)
         if each is not None
@@ -28,7 +28,7 @@ def engine_for(model: Any, draft: Any = None, **config: Any) -> Engine:
         for each in (model, draft)
     )
     assert loaded is not None
-    return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded, draft=drafting)
+    return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded, draft=drafting, head=head)
 
 
 def submit(engine: Engine, handle: int, prompt: Sequence[int], samples: int = 1, **sampling: Any) -> None:

@@ -18,10 +18,12 @@ from serving import engine_for as build_engine
 from test_sampling import DRAWS, PARAMETERS, VOCABULARY, expected_distribution
 from test_structured import SCHEMA
 
+from inference_server.distill import head_training
 from inference_server.engine import rejection
 from inference_server.engine.core import Engine, RequestError
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled
+from inference_server.engine.speculation.eagle_head import EagleHead, HeadShape
 from inference_server.engine.speculation.ngram import NgramProposer
 from inference_server.features import FeatureError, Features
 from inference_server.models.errors import ModelError
@@ -57,16 +59,31 @@ def repetitive(length: int, seed: int) -> list[int]:
 # -- which tokens ------------------------------------------------------------------------------------------------------
 
 
-METHODS = ["ngram", "early_exit", "draft"]
+METHODS = ["ngram", "early_exit", "draft", "eagle"]
+
+
+def head_for(model: Any, **changes: Any) -> EagleHead:
+    """An EAGLE-style head as training begins: the model's last layer, without a view of the token to continue."""
+    config = model.config
+    shape = HeadShape(
+        **{
+            "hidden": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 256,
+            "draft_vocab": 48, "eps": config.rms_norm_eps, "rope_theta": 10_000.0, "feature_layers": (0, 1, 2),
+            **changes,
+        }
+    )  # fmt: skip
+    torch.manual_seed(3)
+    proposed = torch.cat([torch.arange(10), torch.randperm(246)[:38] + 10]).sort().values
+    return head_training.start(shape, proposed, model).eval().requires_grad_(requires_grad=False)
 
 
 def engine_with_draft(model: Any, **config: Any) -> Engine:
-    """An engine whose draft model is the model's first two layers: right often, and wrong often."""
+    """An engine whose draft model is the model's first two layers: right often, and wrong often; and with a head."""
     draft = build("llama")
     draft.load_state_dict(model.state_dict())
     draft.model.layers = draft.model.layers[:2]
     draft.config.num_hidden_layers = 2
-    return engine_for(model, draft=draft, **config)
+    return engine_for(model, draft=draft, head=head_for(model), **config)
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0,
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
 OP_ARGMAX = 7  # logits, width, bf16
+OP_CAPTURE = 8  # x (float32), width, place of it in a captured row, width of a captured row
 
 # What the step parameters mean: the integers that :data:`region` is given.
 P_PROGRAM = 0
@@ -85,7 +86,9 @@ P_COS = 19
 P_SIN = 20
 P_GREEDY = 21
 """int64 per kept row: where the argmax goes."""
-NUM_PARAMETERS = 22
+P_CAPTURED = 22
+"""Where captured rows go, float32; address 0: capture none."""
+NUM_PARAMETERS = 23
 
 LANES = 16
 _LOWEST = np.float32(-3.0e38)
@@ -792,6 +795,17 @@ def _norm(thread: int, threads: int, m: int, kept: Any, op: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _capture(thread: int, threads: int, m: int, target_: int, op: Any) -> None:
+    """Keep rows of the residual stream."""
+    x_, width, place, total = op[1], op[2], op[3], op[4]
+    for row in range(thread, m, threads):
+        x = carray(_pointer_f32(x_ + row * width * 4), (width,))
+        target = carray(_pointer_f32(target_ + (row * total + place) * 4), (width,))
+        for i in range(width):
+            target[i] = x[i]
+
+
+@njit(cache=True, nogil=True)
 def _silu(thread: int, threads: int, m: int, op: Any) -> None:
     both_, out_, width, bf16 = op[1], op[2], op[3], op[4]
     size = 2 if bf16 else 4
@@ -1122,6 +1136,10 @@ def _run(params: Any) -> None:
             _embed(thread, threads, rows, ids, op)
         elif code == OP_ARGMAX:
             _argmax(thread, threads, num_kept, params, op)
+        elif code == OP_CAPTURE:
+            if params[P_CAPTURED] == 0:
+                continue
+            _capture(thread, threads, rows, params[P_CAPTURED], op)
         _barrier(params, threads)
 
 

@@ -16,6 +16,8 @@ from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel
 from inference_server.engine.runner import ModelRunner, Runner
+from inference_server.engine.speculation.eagle import EagleProposer, HeadRunner, TorchHeadRunner
+from inference_server.engine.speculation.eagle_head import EagleHead
 from inference_server.engine.speculation.ngram import NgramProposer
 from inference_server.engine.speculation.proposer import Proposer
 from inference_server.engine.speculation.sequential import DraftModelProposer, EarlyExitProposer, first_layers
@@ -42,7 +44,12 @@ class Proposers:
 
 
 def proposers(
-    loaded: LoadedModel, draft: LoadedModel | None, plain: ModelRunner, fast: FastRunner | None, capacity: Capacity
+    loaded: LoadedModel,
+    draft: LoadedModel | None,
+    head: EagleHead | None,
+    plain: ModelRunner,
+    fast: FastRunner | None,
+    capacity: Capacity,
 ) -> Proposers:
     """Build them.
 
@@ -52,6 +59,8 @@ def proposers(
         The model that is served.
     draft : LoadedModel or None
         A smaller one.
+    head : EagleHead or None
+        Made for it.
     plain : ModelRunner
         Of the model that is served.
     fast : FastRunner or None
@@ -62,7 +71,7 @@ def proposers(
     Raises
     ------
     ModelError
-        If the draft model's vocabulary is another one.
+        If the draft model's vocabulary is another one, or the head is for another model.
     """
     result = Proposers({"ngram": NgramProposer()})
 
@@ -81,8 +90,67 @@ def proposers(
         result.unavailable["draft"] = "there is no draft model; start the server with --draft-model"
     else:
         _add_draft_model(result, loaded, draft, capacity)
-    result.unavailable["eagle"] = "there is no EAGLE-style head for this model"
+    if head is None:
+        result.unavailable["eagle"] = (
+            "there is no EAGLE-style head for this model; train one with inference-workbench distill, or start the "
+            "server with --eagle-head"
+        )
+    elif loaded.device.type != "cpu":
+        result.unavailable["eagle"] = "EAGLE-style heads run on a CPU only so far"
+    else:
+        _add_head(result, loaded, head, plain, fast, capacity)
     return result
+
+
+def _add_head(
+    result: Proposers,
+    loaded: LoadedModel,
+    head: EagleHead,
+    plain: ModelRunner,
+    fast: FastRunner | None,
+    capacity: Capacity,
+) -> None:
+    check_head(loaded, head)
+    blocks = -(-capacity.num_blocks * capacity.block_size // DRAFT_BLOCK) + capacity.max_num_seqs
+    model: Any = loaded.model
+    embed = model.get_input_embeddings().weight.detach()
+    runner: HeadRunner
+    layers = head.shape.feature_layers
+    plain.capture_at(layers)
+    if fast is not None:
+        from inference_server.engine.cpu.head import CpuHeadRunner  # noqa: PLC0415 - imports the compiled kernels
+
+        fast.capture_at(layers)
+        slots, threads = blocks * DRAFT_BLOCK, fast.team.threads
+        runner = CpuHeadRunner(head, embed, slots, DRAFT_BLOCK, capacity.max_model_len, threads)
+    else:
+        runner = TorchHeadRunner(head, embed, blocks * DRAFT_BLOCK, DRAFT_BLOCK)
+    result.by_name["eagle"] = EagleProposer(runner, KVCache(blocks, DRAFT_BLOCK), capacity.max_model_len)
+
+
+def check_head(loaded: LoadedModel, head: EagleHead) -> None:
+    """See that a head is made for a model.
+
+    Raises
+    ------
+    ModelError
+        If it is for another one.
+    """
+    shape, config, model = head.shape, loaded.config, loaded.model
+    name = loaded.located.name
+    if (shape.hidden, shape.vocab) != (config.hidden_size, config.vocab_size):
+        raise ModelError(
+            f"the EAGLE-style head is for a model of width {shape.hidden} with {shape.vocab} tokens; {name} has width "
+            f"{config.hidden_size} and {config.vocab_size} tokens. Train one with inference-workbench distill"
+        )
+    if not 0 <= min(shape.feature_layers) <= max(shape.feature_layers) < loaded.num_layers:
+        raise ModelError(
+            f"the EAGLE-style head reads layers {shape.feature_layers}; {name} has {loaded.num_layers} layers"
+        )
+    if int(head.proposed.max()) >= shape.vocab:
+        raise ModelError("the EAGLE-style head proposes tokens outside of the vocabulary")
+    if not hasattr(getattr(model, "model", None), "layers"):
+        raise ModelError(f"the layers of {type(model).__name__} are not where their hidden states could be taken from")
 
 
 def _add_draft_model(result: Proposers, loaded: LoadedModel, draft: LoadedModel, capacity: Capacity) -> None:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Collection, Mapping
 
 from inference_server.engine.request import Request
-from inference_server.engine.scheduler import StepPlan, Wish
+from inference_server.engine.runner import Runner
+from inference_server.engine.scheduler import Scheduled, StepPlan, Wish
 from inference_server.engine.speculation.adaptive import Adaptive
+from inference_server.engine.speculation.eagle import Capturing, EagleProposer
 from inference_server.engine.speculation.proposer import Proposer
 from inference_server.features import Features
 from inference_server.protocol import Kind
@@ -76,6 +78,30 @@ class Speculation:
         counts = self._adaptive.decide(wanted, plain) if wanted else {}
         self.wishing_ns += time.monotonic_ns() - begin
         return counts
+
+    def before_forward(self, runner: Runner, plan: StepPlan, features: Features) -> None:
+        """Have hidden states kept where somebody will need them."""
+        if isinstance(runner, Capturing):
+            runner.capture = plan.use_cache and any(
+                isinstance(self._proposers.get(method_of(item.request, features)), EagleProposer) for item in plan.items
+            )
+
+    def after_forward(self, runner: Runner, plan: StepPlan, features: Features) -> None:
+        """Hand the hidden states that were kept to whoever needs them."""
+        hidden = runner.features if isinstance(runner, Capturing) and runner.capture else None
+        if hidden is None:
+            return
+        begin = time.monotonic_ns()
+        by_method: dict[str, list[tuple[Scheduled, int]]] = {}
+        offset = 0
+        for item in plan.items:
+            by_method.setdefault(method_of(item.request, features), []).append((item, offset))
+            offset += item.count
+        for method, items in by_method.items():
+            proposer = self._proposers.get(method)
+            if isinstance(proposer, EagleProposer):
+                proposer.observe(items, hidden)
+        self.spent_ns += time.monotonic_ns() - begin
 
     def propose(self, plan: StepPlan, features: Features) -> str:
         """Fill in the proposals that the step has room for; return who made them, ``""`` for nobody."""
