@@ -1,9 +1,11 @@
-"""The command line: ``inference-workbench serve | lab | fetch-model | status | recover | export | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | distill | status | recover | export | stop``."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -153,6 +155,35 @@ def fetch_model() -> None:
     except launch.LaunchError as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def distill(
+    folder: Annotated[Path, typer.Argument(help="Keeps everything; the same folder goes on with what was cut off.")],
+    model: Annotated[str, typer.Option(help="The teacher, as for serve.")] = "default",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    tokens: Annotated[int, typer.Option(min=1000, help="How much text the teacher writes.")] = 200_000,
+    epochs: Annotated[int, typer.Option(min=1, help="How often it is trained on.")] = 6,
+    draft_vocab: Annotated[int, typer.Option(min=16, help="How many tokens the head can propose.")] = 6144,
+    seed: Annotated[int, typer.Option(help="Of the texts and their order.")] = 1,
+) -> None:
+    """Train an EAGLE-style head that proposes tokens for a model, on text that the model writes itself."""
+    command = [sys.executable, "-m", "inference_server.distill", "--model", model, "--folder", str(folder)]
+    command += ["--device", device, "--tokens", str(tokens), "--epochs", str(epochs)]
+    command += ["--draft-vocab", str(draft_vocab), "--seed", str(seed)]
+    # Ctrl-C reaches the training too, which finishes its step and writes a checkpoint: wait for that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training = subprocess.Popen(command, preexec_fn=_listen_to_interrupts)  # noqa: PLW1509, S603 - no threads yet
+        status_ = training.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if status_:
+        raise typer.Exit(status_)
+
+
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @app.command()

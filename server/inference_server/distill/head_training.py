@@ -118,7 +118,8 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         best_of_all.append(torch.stack([(right & whole).sum(), (alive & whole).sum()]))
     counts = torch.stack(best_of_all)
     assert total is not None
-    return Judged(loss, counts[:, 0], counts[:, 1], total)
+    weights = sum(LATER_STEPS_COUNT**step for step in range(steps))
+    return Judged(loss / weights, counts[:, 0], counts[:, 1], total)
 
 
 def _attend(q: Tensor, known: list[tuple[Tensor, Tensor]], causal: Tensor) -> Tensor:
@@ -137,21 +138,25 @@ def _attend(q: Tensor, known: list[tuple[Tensor, Tensor]], causal: Tensor) -> Te
     return result
 
 
-def start(shape: HeadShape, proposed: Tensor, model: Any) -> EagleHead:
-    """A head that begins as the model's last layer, reading the last of its features, and as its output layer."""
-    head = EagleHead(shape, proposed)
-    last = model.model.layers[-1]
-    hidden = shape.hidden
+def start(shape: HeadShape, proposed: Tensor, model: Any, seed: int = 0) -> EagleHead:
+    """A head that begins with what the model knows.
+
+    The last of its features passes unchanged; embeddings are averaged over the text by attention, where a head has
+    as many heads for values as for queries; the feed-forward part is that of the model's last layer, and the output
+    layer the model's rows of the tokens that can be proposed.
+    """
+    head, chance = EagleHead(shape, proposed), torch.Generator().manual_seed(seed)
+    last, hidden = model.model.layers[-1], shape.hidden
     with torch.no_grad():
         head.fc.weight.zero_()
         head.fc.weight[:, 2 * hidden :] = torch.eye(hidden)
-        attention = last.self_attn
-        pairs = ((head.q, attention.q_proj), (head.k, attention.k_proj), (head.v, attention.v_proj))
-        for own, source in pairs:
-            own.weight[:, :hidden].normal_(0, 0.01)
-            own.weight[:, hidden:] = source.weight
-        head.o.weight.copy_(last.self_attn.o_proj.weight)
-        head.hidden_norm.copy_(last.input_layernorm.weight)
+        for layer in (head.q, head.k, head.v):
+            layer.weight.normal_(0, 0.02, generator=chance)
+        if shape.kv_heads == shape.heads and shape.heads * shape.head_dim == hidden:
+            head.v.weight[:, :hidden] += 0.5 * torch.eye(hidden)
+            head.o.weight.copy_(0.5 * torch.eye(hidden))
+        else:
+            head.o.weight.normal_(0, 0.02, generator=chance)
         head.post_norm.copy_(last.post_attention_layernorm.weight)
         head.gate.weight.copy_(last.mlp.gate_proj.weight)
         head.up.weight.copy_(last.mlp.up_proj.weight)
