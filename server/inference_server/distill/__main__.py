@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from inference_server.distill.run import Options, Progress, distill_head
-from inference_server.models.errors import ModelError
-
 EXIT_STOPPED = 130
 
 
 def main() -> int:
     """Run until done, or until Ctrl-C, after which the same command goes on."""
+    stopping: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopping.append(number))
     parser = argparse.ArgumentParser(prog="inference_server.distill")
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", required=True, type=Path)
@@ -26,10 +26,11 @@ def main() -> int:
     for name in ("--tokens", "--epochs", "--draft-vocab", "--seed"):
         parser.add_argument(name, type=int)
     given = vars(parser.parse_args())
+    # Imported here: it takes seconds, and an interrupt meanwhile ends the run as orderly as any other.
+    from inference_server.distill.run import Options, Progress, distill_head  # noqa: PLC0415
+    from inference_server.models.errors import ModelError  # noqa: PLC0415
+
     options = Options(**{name: value for name, value in given.items() if value is not None})
-    stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopping.append(number))
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn())
     try:

@@ -103,7 +103,8 @@ def distill_head(options: Options, report: Callable[[Progress], None], stop: Cal
     config = EngineConfig(
         model=options.model, device=options.device, dtype="bfloat16", features={"instrumentation": "off"}
     )
-    engine = Engine.load(config, lambda stage, share, detail: report(Progress(stage, share or 0.0, detail)))
+    engine = Engine.load(config, lambda stage, share, _: report(Progress("loading", share or 0.0, stage)))
+    report(Progress("loading", 1.0))
     name, architecture = engine.loaded.located.name, type(engine.loaded.model).__name__
     path = engine.loaded.located.path
     written = teacher_text.TeacherText(engine, texts_path, options.seed).write(
