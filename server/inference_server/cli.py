@@ -161,16 +161,20 @@ def fetch_model() -> None:
 def distill(
     folder: Annotated[Path, typer.Argument(help="Keeps everything; the same folder goes on with what was cut off.")],
     model: Annotated[str, typer.Option(help="The teacher, as for serve.")] = "default",
+    kind: Annotated[str, typer.Option(help="head, or student: a model of its own with fewer layers.")] = "head",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     tokens: Annotated[int, typer.Option(min=1000, help="How much text the teacher writes.")] = 200_000,
     epochs: Annotated[int, typer.Option(min=1, help="How often it is trained on.")] = 6,
     draft_vocab: Annotated[int, typer.Option(min=16, help="How many tokens the head can propose.")] = 6144,
+    layers: Annotated[int, typer.Option(min=0, help="Of a student. [default: half of the teacher's]")] = 0,
     seed: Annotated[int, typer.Option(help="Of the texts and their order.")] = 1,
 ) -> None:
-    """Train an EAGLE-style head that proposes tokens for a model, on text that the model writes itself."""
+    """Train what proposes tokens for a model, or a smaller model like it, on text that the model writes itself."""
+    if kind not in {"head", "student"}:
+        raise typer.BadParameter(f"--kind is head or student, not {kind!r}.")
     command = [sys.executable, "-m", "inference_server.distill", "--model", model, "--folder", str(folder)]
     command += ["--device", device, "--tokens", str(tokens), "--epochs", str(epochs)]
-    command += ["--draft-vocab", str(draft_vocab), "--seed", str(seed)]
+    command += ["--draft-vocab", str(draft_vocab), "--seed", str(seed), "--kind", kind, "--layers", str(layers)]
     # Ctrl-C reaches the training too, which finishes its step and writes a checkpoint: wait for that.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -23,11 +23,12 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--device")
-    for name in ("--tokens", "--epochs", "--draft-vocab", "--seed"):
+    parser.add_argument("--kind", choices=("head", "student"))
+    for name in ("--tokens", "--epochs", "--draft-vocab", "--layers", "--seed"):
         parser.add_argument(name, type=int)
     given = vars(parser.parse_args())
     # Imported here: it takes seconds, and an interrupt meanwhile ends the run as orderly as any other.
-    from inference_server.distill.run import Options, Progress, distill_head  # noqa: PLC0415
+    from inference_server.distill.run import Options, Progress, distill, say  # noqa: PLC0415
     from inference_server.models.errors import ModelError  # noqa: PLC0415
 
     options = Options(**{name: value for name, value in given.items() if value is not None})
@@ -42,19 +43,16 @@ def main() -> int:
                     tasks[progress.stage] = bars.add_task(progress.stage, total=1.0, detail="")
                 bars.update(tasks[progress.stage], completed=progress.share, detail=progress.detail)
 
-            outcome = distill_head(options, show, lambda: bool(stopping))
+            outcome = distill(options, show, lambda: bool(stopping))
     except ModelError as error:
         Console(stderr=True).print(str(error), style="red", markup=False)
         return 1
     if not outcome.finished:
         console.print(f"Stopped. The same command goes on; {options.folder} has what is done.", markup=False)
         return EXIT_STOPPED
-    console.print(
-        f"{outcome.checkpoint}: {outcome.acceptance_length:.2f} tokens a step on held-out text, four proposed, greedy. "
-        f"Use it: inference-workbench serve --model {options.model} --eagle-head {outcome.checkpoint}",
-        markup=False,
-        soft_wrap=True,
-    )
+    use = f"--model {options.model} --eagle-head" if options.kind == "head" else "--model"
+    console.print(f"{outcome.checkpoint}, on held-out text: {say(outcome.held_out)}", markup=False, soft_wrap=True)
+    console.print(f"Use it: inference-workbench serve {use} {outcome.checkpoint}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -43,14 +43,14 @@ class Batch:
     lengths: Tensor
 
     @classmethod
-    def of(cls, texts: Sequence[Text]) -> Batch:
-        """Pad some texts."""
+    def of(cls, texts: Sequence[Text], device: torch.device | None = None) -> Batch:
+        """Pad some texts, and put them on a device."""
         pad = nn.utils.rnn.pad_sequence
         return cls(
-            tokens=pad([text.tokens for text in texts], batch_first=True),
-            features=pad([text.features for text in texts], batch_first=True).float(),
-            final=pad([text.final for text in texts], batch_first=True).float(),
-            lengths=torch.tensor([len(text.tokens) for text in texts]),
+            tokens=pad([text.tokens for text in texts], batch_first=True).to(device),
+            features=pad([text.features for text in texts], batch_first=True).to(device).float(),
+            final=pad([text.final for text in texts], batch_first=True).to(device).float(),
+            lengths=torch.tensor([len(text.tokens) for text in texts], device=device),
         )
 
 
@@ -87,14 +87,15 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         How many tokens the head proposes one after another.
     """
     size, length = batch.tokens.shape
-    positions = torch.arange(length)[None]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    device = batch.tokens.device
+    positions = torch.arange(length, device=device)[None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     teacher = linear(batch.final, output)
     best_of_all: list[Tensor] = []
     hidden = head.fuse(batch.features)
     known: list[tuple[Tensor, Tensor]] = []
-    loss = torch.zeros(())
-    alive = torch.ones(size, length, dtype=torch.bool)
+    loss = torch.zeros((), device=device)
+    alive = torch.ones(size, length, dtype=torch.bool, device=device)
     total = None
     for step in range(steps):
         # Row t proposes what comes after token t + 1 + step, from its own last state and that token.
@@ -105,7 +106,7 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         hidden = head.after_attention(hidden, _attend(q, known, causal))
         logits = head.logits(hidden).float()
         target = teacher.roll(-shift, 1)
-        valid = torch.arange(length)[None] < (batch.lengths - shift - 1)[:, None]
+        valid = positions < (batch.lengths - shift - 1)[:, None]
         p = softmax(target, -1)
         log_q = log_softmax(logits, -1)
         divergence = (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1)
@@ -113,7 +114,7 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         right = (logits.argmax(-1) == target.argmax(-1)) & valid
         alive = alive & right
         # Judged where every step can be.
-        whole = torch.arange(length)[None] < (batch.lengths - steps - 1)[:, None]
+        whole = positions < (batch.lengths - steps - 1)[:, None]
         total = whole.sum()
         best_of_all.append(torch.stack([(right & whole).sum(), (alive & whole).sum()]))
     counts = torch.stack(best_of_all)

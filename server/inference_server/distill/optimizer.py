@@ -74,7 +74,7 @@ class Training:
                 if f"mean.{name}" in tensors:
                     self._adam.state[parameter] = {
                         "step": torch.tensor(float(self.step)),
-                        "exp_avg": tensors[f"mean.{name}"],
-                        "exp_avg_sq": tensors[f"square.{name}"],
+                        "exp_avg": tensors[f"mean.{name}"].to(parameter.device),
+                        "exp_avg_sq": tensors[f"square.{name}"].to(parameter.device),
                     }
         return True

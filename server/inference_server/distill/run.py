@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from inference_server.distill import head_training, hidden_states, teacher_text
+from inference_server.distill import head_training, hidden_states, student, teacher_text
 from inference_server.distill.head_training import Batch
 from inference_server.distill.hidden_states import Texts
 from inference_server.distill.optimizer import Training
@@ -26,6 +26,7 @@ from inference_server.engine.core import Engine
 from inference_server.engine.speculation import eagle_head
 from inference_server.engine.speculation.eagle_head import HeadShape
 from inference_server.models.errors import ModelError
+from inference_server.models.locate import LocatedModel
 from inference_server.protocol import EngineConfig
 
 LONGEST_TEXT = 448
@@ -34,6 +35,8 @@ BATCH_TOKENS = 1536
 UNROLLED = ((0.15, 1), (0.55, 2), (1.0, 3))
 """Until which share of the training how many tokens are proposed one after another; later it may be asked for more."""
 JUDGED = 4
+"""Tokens proposed where a head is judged."""
+JUDGED_AT_ONCE = 8
 JUDGE_EVERY = 60
 SAVE_SECONDS = 60.0
 
@@ -44,12 +47,16 @@ class Options:
 
     model: str
     folder: Path
+    kind: Literal["head", "student"] = "head"
+    """An EAGLE-3 head, or a model of its own with fewer layers."""
     device: str = "auto"
     tokens: int = 200_000
     """Of text that the teacher writes."""
     epochs: int = 6
     draft_vocab: int = 6144
-    """Tokens that the head can propose: the most frequent ones of the texts."""
+    """Tokens that a head can propose: the most frequent ones of the texts."""
+    layers: int = 0
+    """Of a student; 0 takes half of the teacher's."""
     rate: float = 1e-3
     seed: int = 1
 
@@ -70,13 +77,28 @@ class Outcome:
     finished: bool
     """Otherwise it was stopped, and goes on when it is started again."""
     checkpoint: Path | None
-    acceptance_length: float | None
-    """On texts that were held out, greedy, if :data:`JUDGED` tokens are proposed everywhere."""
+    held_out: dict[str, float]
+    """Measured on texts that were held out: see :meth:`Subject.judge`."""
     seconds: float
 
 
-def distill_head(options: Options, report: Callable[[Progress], None], stop: Callable[[], bool]) -> Outcome:
-    """Train an EAGLE-3 head.
+class Subject(Protocol):
+    """What is trained."""
+
+    module: nn.Module
+
+    def loss(self, batch: Batch, share: float) -> Tensor:
+        """Return the loss of a batch after a share of the training."""
+
+    def judge(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Measure it on texts that were held out."""
+
+    def export(self, folder: Path) -> Path:
+        """Write what was made of it."""
+
+
+def distill(options: Options, report: Callable[[Progress], None], stop: Callable[[], bool]) -> Outcome:
+    """Train a head or a student.
 
     Parameters
     ----------
@@ -94,82 +116,167 @@ def distill_head(options: Options, report: Callable[[Progress], None], stop: Cal
     begin = time.monotonic()
     options.folder.mkdir(parents=True, exist_ok=True)
     _claim(options)
-    texts_path = options.folder / "texts.jsonl"
     device = loader.resolve_device(options.device)
 
-    def outcome(*, finished: bool, checkpoint: Path | None = None, length: float | None = None) -> Outcome:
-        return Outcome(finished, checkpoint, length, time.monotonic() - begin)
+    def outcome(held_out: dict[str, float], checkpoint: Path | None = None) -> Outcome:
+        return Outcome(checkpoint is not None, checkpoint, held_out, time.monotonic() - begin)
 
+    located, written = _write_texts(options, report, stop)
+    if written < options.tokens:
+        return outcome({})
+    texts = teacher_text.read(options.folder / "texts.jsonl", LONGEST_TEXT)
+    model = _teacher(located.path, device)
+    layers = _feature_layers(model.config.num_hidden_layers)
+    states = options.folder / "states"
+    if not hidden_states.compute(
+        model, texts, layers, states, lambda share: report(Progress("hidden states", share)), stop
+    ):
+        return outcome({})
+    subject: Subject
+    if options.kind == "head":
+        subject = _Head(options, located, model, layers, texts)
+    else:
+        subject = _Student(options, located, model)
+    del model
+    known = Texts(texts, states)
+    order = list(range(len(texts)))
+    Random(options.seed).shuffle(order)  # noqa: S311 - nothing is a secret here
+    count = max(round(len(order) * HELD_OUT_SHARE), 1)
+    held_out, trained_on = order[:count], order[count:]
+    per_epoch = len(_batches(texts, trained_on, options.seed, 0))
+    training = Training(subject.module, options.rate, options.epochs * per_epoch, options.folder)
+    training.resume()
+
+    def judge() -> dict[str, float]:
+        places = range(0, len(held_out), JUDGED_AT_ONCE)
+        batches = (Batch.of([known[n] for n in held_out[at : at + JUDGED_AT_ONCE]], device) for at in places)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            return subject.judge(batches)
+
+    figures, saved = judge(), time.monotonic()
+    for numbers in _epochs(texts, trained_on, options.seed, options.epochs, training.step):
+        if stop():
+            training.save(**figures)
+            return outcome(figures)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = subject.loss(Batch.of([known[n] for n in numbers], device), training.step / training.steps)
+        training.descend(loss)
+        if training.step % JUDGE_EVERY == 0:
+            figures = judge()
+        if time.monotonic() - saved > SAVE_SECONDS:
+            training.save(**figures)
+            saved = time.monotonic()
+        detail = f"step {training.step} of {training.steps}, loss {float(loss.detach()):.3f}, held out: {say(figures)}"
+        report(Progress("training", training.step / training.steps, detail))
+    figures = judge()
+    training.save(**figures)
+    return outcome(figures, subject.export(options.folder))
+
+
+def say(figures: dict[str, float]) -> str:
+    """Figures of :meth:`Subject.judge` for a person."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in figures.items())
+
+
+class _Head:
+    """An EAGLE-3 head."""
+
+    def __init__(
+        self,
+        options: Options,
+        located: LocatedModel,
+        model: Any,
+        layers: tuple[int, int, int],
+        texts: Sequence[Sequence[int]],
+    ) -> None:
+        proposed = _most_frequent(texts, options.draft_vocab, model.config.vocab_size)
+        shape = _shape(model, layers, len(proposed))
+        self._head = head_training.start(shape, proposed, model, options.seed).to(model.device)
+        self.module: nn.Module = self._head
+        self._embed = model.get_input_embeddings().weight.detach().float()
+        self._output = model.get_output_embeddings().weight.detach()[proposed.to(model.device)].float()
+        self._name, self._architecture = located.name, type(model).__name__
+
+    def loss(self, batch: Batch, share: float) -> Tensor:
+        unrolled = next(count for until, count in UNROLLED if share < until)
+        return head_training.judge(self._head, self._embed, self._output, batch, unrolled).loss
+
+    def judge(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Tokens a step, greedy, if :data:`JUDGED` are proposed everywhere; how often the first is right."""
+        accepted, right, count = 0.0, 0.0, 0
+        for batch in batches:
+            found = head_training.judge(self._head, self._embed, self._output, batch, JUDGED)
+            accepted += float(found.accepted.sum())
+            right += float(found.right[0])
+            count += int(found.count)
+        return {"acceptance_length": 1 + accepted / max(count, 1), "first_right": right / max(count, 1)}
+
+    def export(self, folder: Path) -> Path:
+        checkpoint = folder / "head"
+        eagle_head.save(
+            self._head,
+            checkpoint,
+            verifier=self._name,
+            architecture=self._architecture,
+            dtype=torch.bfloat16,
+            k=JUDGED,
+        )
+        return checkpoint
+
+
+class _Student:
+    """A model with fewer layers."""
+
+    def __init__(
+        self,
+        options: Options,
+        located: LocatedModel,
+        model: Any,
+    ) -> None:
+        total = model.config.num_hidden_layers
+        count = options.layers or max(total // 2, 1)
+        if count >= total:
+            raise ModelError(f"a student of {count} layers is none: {located.name} has {total}; ask for fewer")
+        self.module: nn.Module = student.start(model, count).to(model.device)
+        self._output = model.get_output_embeddings().weight.detach().clone().float()
+        self._located = located
+
+    def loss(self, batch: Batch, share: float) -> Tensor:
+        del share
+        return student.judge(self.module, self._output, batch).loss
+
+    def judge(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Divergence from the teacher in nats per token, and how often the likeliest token is the teacher's."""
+        self.module.eval()
+        divergence, agreeing, count = 0.0, 0, 0
+        for batch in batches:
+            found = student.judge(self.module, self._output, batch)
+            divergence += float(found.loss) * int(found.count)
+            agreeing += int(found.agreeing)
+            count += int(found.count)
+        self.module.train()
+        return {"divergence": divergence / max(count, 1), "agreement": agreeing / max(count, 1)}
+
+    def export(self, folder: Path) -> Path:
+        checkpoint = folder / "student"
+        student.save(self.module, self._located.path, checkpoint, torch.bfloat16)
+        return checkpoint
+
+
+def _write_texts(
+    options: Options, report: Callable[[Progress], None], stop: Callable[[], bool]
+) -> tuple[LocatedModel, int]:
+    """Have the teacher write what is missing; return where it is, and how many tokens there are."""
     config = EngineConfig(
         model=options.model, device=options.device, dtype="bfloat16", features={"instrumentation": "off"}
     )
     engine = Engine.load(config, lambda stage, share, _: report(Progress("loading", share or 0.0, stage)))
     report(Progress("loading", 1.0))
-    name, architecture = engine.loaded.located.name, type(engine.loaded.model).__name__
-    path = engine.loaded.located.path
-    written = teacher_text.TeacherText(engine, texts_path, options.seed).write(
-        options.tokens,
-        lambda done: report(Progress("texts", done / options.tokens, f"{done:,} tokens")),
-        stop,
+    texts = teacher_text.TeacherText(engine, options.folder / "texts.jsonl", options.seed)
+    written = texts.write(
+        options.tokens, lambda done: report(Progress("texts", done / options.tokens, f"{done:,} tokens")), stop
     )
-    del engine
-    if written < options.tokens:
-        return outcome(finished=False)
-    texts = teacher_text.read(texts_path, LONGEST_TEXT)
-    model = _teacher(path, device)
-    layers = _feature_layers(model.config.num_hidden_layers)
-    whole = hidden_states.compute(
-        model, texts, layers, options.folder / "states", lambda share: report(Progress("hidden states", share)), stop
-    )
-    if not whole:
-        return outcome(finished=False)
-    proposed = _most_frequent(texts, options.draft_vocab, model.config.vocab_size)
-    head = head_training.start(_shape(model, layers, len(proposed)), proposed, model)
-    embed = model.get_input_embeddings().weight.detach().float()
-    output = model.get_output_embeddings().weight.detach()[proposed].float()
-    del model
-    known = Texts(texts, options.folder / "states")
-    order = list(range(len(texts)))
-    Random(options.seed).shuffle(order)  # noqa: S311 - nothing is a secret here
-    held_out = max(round(len(order) * HELD_OUT_SHARE), 1)
-    judged_on, trained_on = order[:held_out], order[held_out:]
-    per_epoch = len(_batches(texts, trained_on, options.seed, 0))
-    training = Training(head, options.rate, options.epochs * per_epoch, options.folder)
-    training.resume()
-
-    def judge() -> float:
-        lengths, counts = 0.0, 0
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            for first in range(0, len(judged_on), 8):
-                batch = Batch.of([known[number] for number in judged_on[first : first + 8]])
-                found = head_training.judge(head, embed, output, batch, JUDGED)
-                lengths += float(found.accepted.sum())
-                counts += int(found.count)
-        return 1 + lengths / max(counts, 1)
-
-    length, saved = judge() if training.step else 1.0, time.monotonic()
-    for numbers in _epochs(texts, trained_on, options.seed, options.epochs, training.step):
-        if stop():
-            training.save(acceptance_length=length)
-            return outcome(finished=False, length=length)
-        with torch.autocast(device.type, torch.bfloat16):
-            share = training.step / training.steps
-            unrolled = next(count for until, count in UNROLLED if share < until)
-            found = head_training.judge(head, embed, output, Batch.of([known[n] for n in numbers]), unrolled)
-        training.descend(found.loss)
-        if training.step % JUDGE_EVERY == 0:
-            length = judge()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            training.save(acceptance_length=length)
-            saved = time.monotonic()
-        detail = f"step {training.step} of {training.steps}, loss {float(found.loss.detach()):.3f}"
-        detail += f", {length:.2f} tokens a step held out"
-        report(Progress("training", training.step / training.steps, detail))
-    length = judge()
-    training.save(acceptance_length=length)
-    checkpoint = options.folder / "head"
-    eagle_head.save(head, checkpoint, verifier=name, architecture=architecture, dtype=torch.bfloat16, k=JUDGED)
-    return outcome(finished=True, checkpoint=checkpoint, length=length)
+    return engine.loaded.located, written
 
 
 def _claim(options: Options) -> None:

@@ -14,7 +14,7 @@ from test_speculation import head_for
 
 from inference_server.distill import run as runs
 from inference_server.distill.head_training import Batch, Text, judge, start
-from inference_server.distill.run import Options, Outcome, Progress, distill_head
+from inference_server.distill.run import Options, Outcome, Progress
 from inference_server.engine.core import Engine
 from inference_server.engine.speculation import eagle_head
 from inference_server.models.errors import ModelError
@@ -33,7 +33,7 @@ def distill(model: Path, folder: Path, stop_after: int = 1 << 30, **changes: Any
     told: list[Progress] = []
     given = {"device": "cpu", "tokens": 2500, "epochs": 6, "draft_vocab": 96, "rate": 4e-3, **changes}
     options = Options(model=str(model), folder=folder, **given)
-    outcome = distill_head(options, told.append, lambda: len(told) >= stop_after)
+    outcome = runs.distill(options, told.append, lambda: len(told) >= stop_after)
     return outcome, told
 
 
@@ -79,6 +79,28 @@ def test_a_run_that_is_stopped_anywhere_goes_on_and_ends_as_one_that_is_not(tiny
     engine.set_features(0, {"speculation": "off"})
     submit(engine, 1, [5, 6, 7, 8], max_tokens=12, **GREEDY)
     assert run(engine)[1] == request.tokens[4:]
+
+
+def test_a_student_comes_nearer_to_its_teacher_and_is_a_model_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    outcome, told = distill(tiny_model, tmp_path, kind="student", layers=1)
+    assert outcome.checkpoint is not None
+    first = next(each.detail for each in told if each.stage == "training")
+    assert outcome.held_out["divergence"] < 0.9 * float(first.split("divergence ")[1].split(",")[0])
+    with pytest.raises(ModelError, match="ask for fewer"):
+        distill(tiny_model, tmp_path / "other", kind="student", layers=2, tokens=300)
+    config = EngineConfig(model=str(tiny_model), draft_model=str(outcome.checkpoint), kv_bytes=1 << 20)
+    engine = Engine.load(config, lambda *_: None)
+    engine.set_features(0, {"adaptive_speculation": False})
+    outputs = []
+    for method in ("off", "draft"):
+        engine.set_features(0, {"speculation": method})
+        submit(engine, 0, [5, 6, 7, 8], max_tokens=12, **GREEDY)
+        outputs.append(run(engine))
+    assert outputs[0] == outputs[1]
+    alone = Engine.load(EngineConfig(model=str(outcome.checkpoint), kv_bytes=1 << 20), lambda *_: None)
+    assert alone.loaded.num_layers == 1
+    submit(alone, 0, [5, 6, 7, 8], max_tokens=4, **GREEDY)
+    assert len(run(alone)[0]) == 4
 
 
 @torch.no_grad()
