@@ -214,6 +214,8 @@ def main() -> None:
                     )
                     case = {**common, "method": name, "batch": batch, "k": k, "prompts": "held out"}
                     case |= {"runs": own["runs"], "spread": own["spread"]}
+                    if "eagle" in name and arguments.head:
+                        case["head"] = Path(arguments.head).name
                     rows.append({**case, "metric": "tokens_per_s", "value": own["tokens_per_s"], "unit": "token/s"})
                     rows.append({**case, "metric": "speedup", "value": own["speedup"], "unit": "ratio"})
                     if length is not None:

@@ -242,7 +242,8 @@ class Engine:
         self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
         self._specs = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
-        self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self._news: list[Notice | RequestFailed] = []
+        self.features = self._first_features(defaults)
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
@@ -265,7 +266,6 @@ class Engine:
         self.asleep = False
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
-        self._news: list[Notice | RequestFailed] = []
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
@@ -295,6 +295,29 @@ class Engine:
         folder = Path(config.eagle_head) if config.eagle_head is not None else heads.packaged(located)
         head = eagle_head.load(folder) if folder is not None else None
         return cls(config, loaded, compilation, draft, head)
+
+    def _first_features(self, defaults: Features) -> Features:
+        """The features to start with: what was asked for, but for what this model cannot do.
+
+        A model may be loaded while switches stand as they did for another one.
+        """
+        try:
+            return feature_rules.apply(defaults, self.config.features, self._specs)
+        except FeatureError:
+            features = defaults
+        refused = dict(self.config.features)
+        for last in (False, True):  # what one excludes another may allow, later in the list
+            for name, value in list(refused.items()):
+                try:
+                    features = feature_rules.apply(features, {name: value}, self._specs)
+                    del refused[name]
+                except FeatureError as error:
+                    if last:
+                        spelled = str(value).lower() if isinstance(value, bool) else value
+                        kept = getattr(features, name, None)
+                        text = f"The engine starts with {name}={kept}, not {spelled}: {error}"
+                        self._news.append(Notice("warning", text))
+        return features
 
     @property
     def cache(self) -> KVCache:

@@ -394,3 +394,17 @@ def test_proposals_leave_room_for_prompts_and_for_other_requests(model: Any) -> 
         assert all(by_request.get(handle, 0) for handle in range(3) if handle in engine.requests)
         shares.append(by_request.get(9, 0))
     assert min(itertools.takewhile(bool, shares)) >= 4
+
+
+def test_switches_that_another_model_had_do_not_keep_this_one_from_starting(model: Any) -> None:
+    engine = build_engine(
+        model,
+        features={"speculation": "eagle", "early_exit_layers": 20, "num_speculative_tokens": 7, "max_num_seqs": 5},
+    )
+    assert engine.features.speculation == "off"
+    assert engine.features.early_exit_layers == 2
+    assert (engine.features.num_speculative_tokens, engine.features.max_num_seqs) == (7, 5)
+    told = [str(news.text) for news in engine.take_news()]
+    assert len(told) == 2
+    assert "speculation=off, not eagle" in told[0]
+    assert "between 1 and 2, not 20" in told[1]
