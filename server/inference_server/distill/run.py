@@ -34,6 +34,8 @@ HELD_OUT_SHARE = 0.05
 BATCH_TOKENS = 1536
 UNROLLED = ((0.15, 1), (0.55, 2), (1.0, 3))
 """Until which share of the training how many tokens are proposed one after another; later it may be asked for more."""
+TEXTS_AT_ONCE = {"cpu": 48, "cuda": 256}
+"""Texts that the teacher writes at a time."""
 JUDGED = 4
 """Tokens proposed where a head is judged."""
 JUDGED_AT_ONCE = 8
@@ -267,12 +269,16 @@ def _write_texts(
     options: Options, report: Callable[[Progress], None], stop: Callable[[], bool]
 ) -> tuple[LocatedModel, int]:
     """Have the teacher write what is missing; return where it is, and how many tokens there are."""
+    at_once = TEXTS_AT_ONCE[loader.resolve_device(options.device).type]
     config = EngineConfig(
-        model=options.model, device=options.device, dtype="bfloat16", features={"instrumentation": "off"}
+        model=options.model,
+        device=options.device,
+        dtype="bfloat16",
+        features={"instrumentation": "off", "max_num_seqs": at_once},
     )
     engine = Engine.load(config, lambda stage, share, _: report(Progress("loading", share or 0.0, stage)))
     report(Progress("loading", 1.0))
-    texts = teacher_text.TeacherText(engine, options.folder / "texts.jsonl", options.seed)
+    texts = teacher_text.TeacherText(engine, options.folder / "texts.jsonl", options.seed, at_once)
     written = texts.write(
         options.tokens, lambda done: report(Progress("texts", done / options.tokens, f"{done:,} tokens")), stop
     )

@@ -20,8 +20,6 @@ from inference_server.engine.core import Engine
 from inference_server.models.errors import ModelError
 from inference_server.protocol import SamplingParams, Submit
 
-AT_ONCE = 48
-"""Texts that are written at a time."""
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -35,12 +33,14 @@ class TeacherText:
     path : Path
         One JSON object a line: ``question`` and ``answer``, token ids with the chat template's.
     seed : int
+    at_once : int
+        Texts that are written at a time.
     """
 
-    def __init__(self, engine: Engine, path: Path, seed: int) -> None:
+    def __init__(self, engine: Engine, path: Path, seed: int, at_once: int) -> None:
         from transformers import AutoTokenizer  # noqa: PLC0415 - takes a second
 
-        self._engine, self._path, self._seed = engine, path, seed
+        self._engine, self._path, self._seed, self._at_once = engine, path, seed, at_once
         tokenizer: Any = AutoTokenizer.from_pretrained(engine.loaded.located.path, trust_remote_code=False)
         self._tokenizer = tokenizer
         self._before, self._between = _turns(tokenizer, engine.loaded.located.name)
@@ -64,7 +64,7 @@ class TeacherText:
         outputs: dict[int, list[int]] = {}
         with self._path.open("a", encoding="utf-8") as file:
             while done < tokens and not stop():
-                while len(asking) + len(answering) < AT_ONCE:
+                while len(asking) + len(answering) < self._at_once:
                     asked += 1
                     random = Random(f"{self._seed} {number + asked}")  # noqa: S311 - nothing is a secret here
                     opening = random.choice(OPENINGS)
