@@ -37,7 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "early_exit": {"speculation": "early_exit"},
     "eagle": {"speculation": "eagle"},
 }
-REPEATS = 2
 
 
 def engine_of(model: str, dtype: str, head: str | None) -> Any:
@@ -94,7 +93,9 @@ def decode(engine: Any, prompts: list[tuple[int, ...]], count: int) -> dict[str,
     }
 
 
-def compare(engine: Any, methods: dict[str, dict[str, Any]], batch: int, k: int, count: int) -> dict[str, Any]:
+def compare(
+    engine: Any, methods: dict[str, dict[str, Any]], batch: int, k: int, count: int, repeats: int
+) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {
         name: {"speeds": [], "drafts": 0, "drafted": 0, "accepted_at": [0] * 16, "shares": []} for name in methods
     }
@@ -107,7 +108,7 @@ def compare(engine: Any, methods: dict[str, dict[str, Any]], batch: int, k: int,
     differing = 0
     for group in groups:
         best: dict[str, float] = {}
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             plain = None
             for name, features in methods.items():
                 engine.set_features(0, {"adaptive_speculation": False, **features})
@@ -126,7 +127,7 @@ def compare(engine: Any, methods: dict[str, dict[str, Any]], batch: int, k: int,
         own["tokens_per_s"] = statistics.median(speed for speed, _ in own["speeds"])
         ratios = [ratio for _, ratio in own["speeds"]]
         own["speedup"], own["spread"] = statistics.median(ratios), max(ratios) - min(ratios)
-        own["runs"] = len(ratios) * REPEATS
+        own["runs"] = len(ratios) * repeats
         accepted = sum(own["accepted_at"])
         own["mean_acceptance_length"] = 1 + accepted / own["drafts"] if own["drafts"] else None
         own["acceptance_rate"] = accepted / own["drafted"] if own["drafted"] else None
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--k", nargs="+", type=int, default=[4])
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=2, help="of each prompt, of which the fastest counts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--adaptive", action="store_true", help="each method once more, adaptive")
     parser.add_argument("--verify", action="store_true")
@@ -198,10 +200,11 @@ def main() -> None:
                 rows.append(
                     {**common, "metric": "verify_cost_ratio", "k": k, "batch": 1, "value": ratio, "unit": "ratio"}
                 )
+            write(rows, dry=arguments.dry)
             continue
         for batch in arguments.batches:
             for k in arguments.k:
-                result = compare(engine, methods, batch, k, arguments.tokens)
+                result = compare(engine, methods, batch, k, arguments.tokens, arguments.repeats)
                 print(f"\n{dtype}, batch {batch}, k = {k} ({result['differing']} outputs differ from plain ones)")
                 print("| method | tokens/s | speed-up | acceptance length | per position | drafting |")
                 print("|---|---|---|---|---|---|")
@@ -221,13 +224,17 @@ def main() -> None:
                     if length is not None:
                         unit = {"unit": "token/step", "per_position": own["per_position"]}
                         rows.append({**case, "metric": "mean_acceptance_length", "value": length, **unit})
+                write(rows, dry=arguments.dry)
         del engine
-    if arguments.dry:
-        return
-    path = ROOT / "benchmarks" / "results" / "speculation.jsonl"
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({**about(), **row}) + "\n")
+
+
+def write(rows: list[dict[str, Any]], *, dry: bool) -> None:
+    """Append rows as soon as there are some: a run that is cut off keeps them."""
+    sys.stdout.flush()
+    if not dry:
+        with (ROOT / "benchmarks" / "results" / "speculation.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**about(), **row}) + "\n" for row in rows)
+    rows.clear()
 
 
 def about() -> dict[str, Any]:
