@@ -32,7 +32,7 @@ from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
 from inference_server.engine.speculation import available, eagle_head
 from inference_server.engine.speculation.eagle_head import EagleHead
-from inference_server.engine.speculation.policy import Speculation, method_of
+from inference_server.engine.speculation.policy import Speculation
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
 from inference_server.features import SPECS, FeatureError, Features, FeatureValue
@@ -679,7 +679,7 @@ class Engine:
             and not self._replays
             # What is proposed next, and what of it is computed, depends on the tokens.
             and not flight.proposers
-            and all(method_of(item.request, features) == "off" for item in flight.sampling)
+            and not self.speculation.waits_for_tokens((item.request for item in flight.sampling), features)
             and not any(sampler.depends_on_its_output(item.request) for item in flight.sampling)
         )
 

@@ -106,3 +106,17 @@ def test_step_costs_lie_between_those_that_are_known() -> None:
         cost.learn(2, time)
     cost.learn(6, 300)
     assert [cost.estimate(rows) for rows in (1, 2, 4, 6, 9)] == [100, 100, 200, 300, 300]
+
+
+def test_while_it_rests_nobody_has_to_be_asked_until_it_tries_again() -> None:
+    adaptive = Adaptive()
+    assert not adaptive.resting
+    simulate([0.02], compute_bound, 1e6, 4, 200, adaptive)
+    steps = 0
+    while adaptive.resting:
+        adaptive.rest()
+        steps += 1
+    assert 0 < steps <= 384
+    asked = request(0)
+    assert max(adaptive.decide([(asked, "m", 4)], 0).values()) > 0, "then it tries"
+    assert adaptive.resting

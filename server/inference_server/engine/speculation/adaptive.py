@@ -107,6 +107,15 @@ class Adaptive:
         self._since_probe = 0
         self._patience = PROBE_AFTER
 
+    @property
+    def resting(self) -> bool:
+        """Whether proposals do not pay, and the next step is not to find out if they do again."""
+        return not self._speculating and self._since_probe < self._patience
+
+    def rest(self) -> None:
+        """Count a step for which nobody was asked, since :attr:`resting`."""
+        self._since_probe += 1
+
     def forget_costs(self) -> None:
         """Steps take another time from now on: a switch was thrown."""
         self._cost = StepCost()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from inference_server.engine.request import Request
 from inference_server.engine.runner import Runner
@@ -45,6 +45,10 @@ class Speculation:
         if features.speculation == "off" and all(request.speculation in {None, "off"} for request in requests):
             return None
 
+        if any(request.pending for request in requests):
+            # The step is launched ahead, before it is known what there is to go on from.
+            self._adaptive.rest()
+            return None
         if features.adaptive_speculation:
             counts = self._decide(features, requests)
             return lambda request: counts.get(request.handle, 0)
@@ -78,6 +82,12 @@ class Speculation:
         counts = self._adaptive.decide(wanted, plain) if wanted else {}
         self.wishing_ns += time.monotonic_ns() - begin
         return counts
+
+    def waits_for_tokens(self, requests: Iterable[Request], features: Features) -> bool:
+        """Whether the next step's proposals depend on tokens of some requests that are not known yet."""
+        if features.adaptive_speculation and self._adaptive.resting:
+            return False
+        return any(method_of(request, features) != "off" for request in requests)
 
     def before_forward(self, runner: Runner, plan: StepPlan, features: Features) -> None:
         """Have hidden states kept where somebody will need them."""
