@@ -101,7 +101,8 @@ test('the columns that Python wrote are the columns that are read', async () => 
         logprob: Number.isNaN(tokens.logprob[at]) ? null : tokens.logprob[at],
         sent_ns: tokens.sent_ns[at],
         latency_ns: tokens.latency_ns[at],
-        parts: tokens.parts!.map(column => column[at])
+        parts: tokens.parts!.map(column => column[at]),
+        origin: tokens.origin[at]
       },
       row
     );

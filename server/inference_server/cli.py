@@ -1,9 +1,11 @@
-"""The command line: ``inference-workbench serve | lab | fetch-model | status | recover | export | stop``."""
+"""The command line: ``inference-workbench serve | lab | fetch-model | distill | status | recover | export | stop``."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +70,12 @@ def serve(
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="A smaller model with the same vocabulary that can propose tokens, as --model.")
+    ] = None,
+    eagle_head: Annotated[
+        str | None, typer.Option(help="Folder of an EAGLE-3 head for the model, in the format of speculators.")
+    ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let pages of this origin use the server. May be repeated.")
     ] = None,
@@ -94,6 +102,8 @@ def serve(
         "kv_memory": parse_bytes(kv_memory) if kv_memory is not None else None,
         "max_model_len": max_model_len,
         "threads": threads,
+        "draft_model": draft_model,
+        "eagle_head": eagle_head,
         "allowed_origins": tuple(allow_origin) if allow_origin else None,
         "origin": origin,
         "log_level": log_level,
@@ -145,6 +155,39 @@ def fetch_model() -> None:
     except launch.LaunchError as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def distill(
+    folder: Annotated[Path, typer.Argument(help="Keeps everything; the same folder goes on with what was cut off.")],
+    model: Annotated[str, typer.Option(help="The teacher, as for serve.")] = "default",
+    kind: Annotated[str, typer.Option(help="head, or student: a model of its own with fewer layers.")] = "head",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    tokens: Annotated[int, typer.Option(min=1000, help="How much text the teacher writes.")] = 200_000,
+    epochs: Annotated[int, typer.Option(min=1, help="How often it is trained on.")] = 6,
+    draft_vocab: Annotated[int, typer.Option(min=16, help="How many tokens the head can propose.")] = 6144,
+    layers: Annotated[int, typer.Option(min=0, help="Of a student. [default: half of the teacher's]")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the texts and their order.")] = 1,
+) -> None:
+    """Train what proposes tokens for a model, or a smaller model like it, on text that the model writes itself."""
+    if kind not in {"head", "student"}:
+        raise typer.BadParameter(f"--kind is head or student, not {kind!r}.")
+    command = [sys.executable, "-m", "inference_server.distill", "--model", model, "--folder", str(folder)]
+    command += ["--device", device, "--tokens", str(tokens), "--epochs", str(epochs)]
+    command += ["--draft-vocab", str(draft_vocab), "--seed", str(seed), "--kind", kind, "--layers", str(layers)]
+    # Ctrl-C reaches the training too, which finishes its step and writes a checkpoint: wait for that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training = subprocess.Popen(command, preexec_fn=_listen_to_interrupts)  # noqa: PLW1509, S603 - no threads yet
+        status_ = training.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if status_:
+        raise typer.Exit(status_)
+
+
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @app.command()

@@ -14,6 +14,10 @@ from inference_server.protocol import Cost, FeaturePreset, FeatureRelation, Feat
 
 FeatureValue = bool | int | str
 
+MAX_DRAFTS = 16
+"""Most tokens that can be proposed for a request in one step."""
+SPECULATION = ("off", "ngram", "draft", "early_exit", "eagle")
+
 COST_ORDER: tuple[Cost, ...] = ("free", "prebuilt", "catch-up", "recompute", "rebuild")
 
 
@@ -34,6 +38,10 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     chunked_prefill: bool = True
     preemption: str = "recompute"
     response_cache: bool = False
+    speculation: str = "off"
+    num_speculative_tokens: int = 4
+    adaptive_speculation: bool = True
+    early_exit_layers: int = 1
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
     fast_path: bool = True
@@ -157,6 +165,54 @@ SPECS: tuple[FeatureSpec, ...] = (
         description="Answer a request that is exactly like an earlier one, greedy or with the same seed, from memory.",
     ),
     FeatureSpec(
+        name="speculation",
+        title="Speculative decoding",
+        group="Speculation",
+        kind="choice",
+        choices=SPECULATION,
+        default="off",
+        cost="free",
+        description=(
+            "Propose some tokens cheaply and let the model verify them in one step; the output keeps its distribution, "
+            "and its seed. ngram: what followed the same words earlier in the text. draft: a smaller model. "
+            "early_exit: this model's first layers."
+        ),
+    ),
+    FeatureSpec(
+        name="num_speculative_tokens",
+        title="Tokens proposed",
+        group="Speculation",
+        kind="int",
+        default=4,
+        minimum=1,
+        maximum=MAX_DRAFTS,
+        cost="free",
+        description="How many tokens are proposed for a request in a step, at most. Each rejected one was in vain.",
+    ),
+    FeatureSpec(
+        name="adaptive_speculation",
+        title="Adaptive speculation",
+        group="Speculation",
+        kind="bool",
+        default=True,
+        cost="free",
+        description=(
+            "Propose for each request as many tokens as pay, by measured acceptance and step times: none where plain "
+            "steps are faster. Off, always as many as there is room for."
+        ),
+    ),
+    FeatureSpec(
+        name="early_exit_layers",
+        title="Early-exit layers",
+        group="Speculation",
+        kind="int",
+        default=1,
+        minimum=1,
+        maximum=256,
+        cost="free",
+        description="How many of the first layers propose under early_exit: few are quick, many are more often right.",
+    ),
+    FeatureSpec(
         name="max_num_seqs",
         title="Batch cap",
         group="Batching",
@@ -274,6 +330,8 @@ def validate(name: str, value: object, specs: Mapping[str, FeatureSpec]) -> Feat
         return value
     if not isinstance(value, str) or value not in spec.choices:
         raise FeatureError(f"{name!r} is one of {', '.join(spec.choices)}, not {value!r}.")
+    if value in spec.unavailable_choices:
+        raise FeatureError(f"{name!r} cannot be {value!r} here: {spec.unavailable_choices[value]}")
     return value
 
 
@@ -301,6 +359,14 @@ CONFLICTS = (
     Conflict(
         {"kv_layout": "contiguous", "prefix_cache_read": True},
         "a shared prefix lies in blocks of another request, and a contiguous reservation has to be in one piece",
+    ),
+    *(
+        Conflict(
+            {"kv_cache": False, "speculation": method},
+            "without a KV cache every step computes the whole text anyway, and what was proposed besides",
+        )
+        for method in SPECULATION
+        if method != "off"
     ),
 )
 
@@ -387,10 +453,15 @@ _PRESETS = (
 
 def presets(specs: Iterable[FeatureSpec]) -> tuple[FeaturePreset, ...]:
     """Return the presets with the values that can be set on a server that describes its features by ``specs``."""
-    available = {spec.name for spec in specs if spec.available}
+    available = {spec.name: spec for spec in specs if spec.available}
     return tuple(
         msgspec.structs.replace(
-            preset, values={name: value for name, value in preset.values.items() if name in available}
+            preset,
+            values={
+                name: value
+                for name, value in preset.values.items()
+                if name in available and value not in available[name].unavailable_choices
+            },
         )
         for preset in _PRESETS
     )

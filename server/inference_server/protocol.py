@@ -64,6 +64,19 @@ class Kind(IntEnum):
     VERIFY = 4
 
 
+class Origin(IntEnum):
+    """How an output token came about."""
+
+    PLAIN = 0
+    """Chosen where nothing was proposed."""
+    ACCEPTED = 1
+    """Proposed, and what the model chose too."""
+    CORRECTED = 2
+    """The model's choice where the token proposed was another one."""
+    BONUS = 3
+    """The model's choice after everything proposed was accepted."""
+
+
 class KvOp(IntEnum):
     """What happened to a KV block."""
 
@@ -195,6 +208,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     threads: int | None = None
     """CPU threads for the forward pass; ``None`` leaves torch's own choice."""
+    draft_model: str | None = None
+    """A smaller model with the same vocabulary that can propose tokens; named as ``model`` is."""
+    eagle_head: str | None = None
+    """Folder of an EAGLE-3 head in the format of ``speculators``; ``None`` takes the one that comes with the model."""
     features: dict[str, bool | int | str] = {}
     """Feature values to start with, where they differ from the defaults."""
 
@@ -238,6 +255,8 @@ class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
     """With which values of other features a value cannot hold together."""
     needs: tuple[FeatureRelation, ...] = ()
     """Which values another feature must have for this one to make a difference."""
+    unavailable_choices: dict[str, str] = {}
+    """Choices that cannot be made here, and why."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +449,12 @@ class StepEvent(Message, frozen=True, tag="step", kw_only=True):
     """Bytes that the forward pass has to read and write at least: weights once, keys and values once per request."""
     flops: int | None = None
     """Floating-point operations of the forward pass: two per weight and position, and attention."""
+    speculation: str = ""
+    """Who proposed tokens that this step verified, e.g. ``"ngram"``; several are joined by ``"+"``."""
+    drafted: list[int] = []
+    """Tokens proposed for each scheduled request, 0 for none. Empty where nothing was proposed in this step."""
+    accepted: list[int] = []
+    """How many of them were accepted."""
 
 
 class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -443,6 +468,8 @@ class SampledTokens(msgspec.Struct, frozen=True, kw_only=True):
     top: list[list[tuple[int, float]] | None]
     """Alternatives as (token id, logprob), most likely first, where the request asked for them."""
     finish: list[FinishReason | None]
+    origin: list[int] = []
+    """:class:`Origin`, as a number. Empty where all are :attr:`Origin.PLAIN`."""
 
 
 NOBODY = -1
@@ -479,6 +506,12 @@ class StepReport(Message, frozen=True, tag="step_report", kw_only=True):
     """For each of ``started``, the seed that its draws come from, whether the client chose it or the engine."""
     begin_ns: int = 0
     """When the step began: known even while there is no :class:`StepEvent`."""
+    verified: list[int] = []
+    """Requests for which tokens had been proposed."""
+    drafted: list[int] = []
+    """For each of ``verified``, how many."""
+    accepted: list[int] = []
+    """For each of ``verified``, how many of them were accepted."""
     kv_events: KvEvents | None = None
     """``None`` when no block changed hands."""
 
@@ -623,6 +656,8 @@ class TokensEvent(Message, frozen=True, tag="tokens", kw_only=True):
     parts: list[list[int]] = []
     """Where each latency went: one list per name in :data:`PARTS`, in its order, each with one entry (nanoseconds) per
     token. Over the names they add up to ``latency_ns``."""
+    origin: list[int] = []
+    """:class:`Origin` of each token, as a number. Empty where all are :attr:`Origin.PLAIN`."""
 
 
 class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
@@ -655,6 +690,10 @@ class RequestEvent(Message, frozen=True, tag="request", kw_only=True):
     seed: int | None = None
     """What its draws come from; known once it has started."""
     priority: int = 0
+    drafted: list[int] = []
+    """How often a token was proposed for it as the first, second … of a step."""
+    accepted: list[int] = []
+    """How often that token was accepted."""
 
 
 class FeaturesEvent(Message, frozen=True, tag="features", kw_only=True):

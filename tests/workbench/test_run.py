@@ -232,3 +232,20 @@ def test_tokens_that_are_told_again_or_out_of_order_are_each_kept_once():
     store.ingest_frame(told(2, [1, 2], [1, 1]))  # half of it is known
     found = store.tokens()
     assert sorted(zip(found["request"], found["index"], strict=True)) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_run_tells_what_became_of_proposals(wb):
+    # A model that must say this says what was to be expected.
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "ab" * 12}}}
+    with wb.features.temporarily(speculation="ngram", adaptive_speculation=False):
+        run = wb.generate("a few words", max_tokens=60, response_format=schema)
+    steps, tokens = run.steps, run.tokens
+    verifying, summary = steps[steps["drafted"] > 0], run.summary()
+    assert set(verifying["kind"]) == {"verify"}
+    assert verifying["accepted"].sum() > 3
+    assert summary.acceptance_rate == verifying["accepted"].sum() / verifying["drafted"].sum()
+    assert summary.mean_acceptance_length == 1 + verifying["accepted"].sum() / len(verifying)
+    assert "Tokens per verifying step" in repr(summary)
+    assert (tokens["origin"] == "accepted").sum() == verifying["accepted"].sum()
+    names = ["plain", "accepted", "corrected", "bonus"]
+    assert list(run.tables.tokens["origin"]) == [names.index(origin) for origin in tokens["origin"]]

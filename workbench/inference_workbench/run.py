@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from inference_server.protocol import PARTS, FeaturesEvent, Kind, RequestEvent
+from inference_server.protocol import PARTS, FeaturesEvent, Kind, Origin, RequestEvent
 from inference_workbench.store import EventStore
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ class Summary:
     steps: int
     epochs: tuple[int, ...]
     """The settings it ran under: more than one when a switch was thrown meanwhile."""
+    acceptance_rate: float | None = None
+    """Accepted / proposed tokens, without the bonus; ``None`` where nothing was proposed."""
+    mean_acceptance_length: float | None = None
+    """Tokens per step that verified proposals: 1 + accepted / such steps."""
 
     def to_series(self) -> pd.Series[Any]:
         """Return the figures as a pandas Series, for tables that compare runs."""
@@ -67,7 +71,10 @@ class Summary:
         def ms(value: float | None) -> str:
             return "–" if value is None else f"{value:,.2f} ms"
 
-        rate = self.output_tokens_per_s
+        rate, length = self.output_tokens_per_s, self.mean_acceptance_length
+        speculation = []
+        if length is not None:
+            speculation.append(("Tokens per verifying step", f"{length:.2f} ({self.acceptance_rate:.0%} accepted)"))
         return [
             ("Prompt / output tokens", f"{self.prompt_tokens} / {self.output_tokens}"),
             ("Finish reason", self.finish_reason or "–"),
@@ -79,6 +86,7 @@ class Summary:
             ("Output tokens per second", "–" if rate is None else f"{rate:,.1f}"),
             ("Steps", str(self.steps)),
             ("Settings (epochs)", ", ".join(map(str, self.epochs)) or "–"),
+            *speculation,
         ]
 
 
@@ -95,12 +103,14 @@ class Run:
         The server's last word on it: state, arrival, token counts, finish reason, error.
     tokens
         A row a token: ``request, index, token_id, text, sent_ns, latency_ms, step, epoch, batch_size, path, kind,
-        scheduled, logprob, step_ms, forward_ms``. ``latency_ms`` is the time to first token for index 0 and the gap to
-        the token before for the others; ``scheduled`` is how many positions the step computed for this request;
-        ``batch_size`` how many requests shared the step.
+        origin, scheduled, logprob, step_ms, forward_ms``. ``latency_ms`` is the time to first token for index 0 and the
+        gap to the token before for the others; ``scheduled`` is how many positions the step computed for this request;
+        ``batch_size`` how many requests shared the step; ``origin`` is ``plain``, or where tokens were proposed
+        ``accepted``, ``corrected`` or ``bonus``.
     steps
         A row a step that worked on this request, with its phases in milliseconds, the whole batch's figures and the KV
-        cache's occupancy; ``own_start``, ``own_scheduled`` and ``kind`` are this request's share.
+        cache's occupancy; ``own_start``, ``own_scheduled``, ``kind``, ``drafted`` and ``accepted`` are this
+        request's share.
     switches
         The switches thrown between its arrival and its end.
     attribution
@@ -196,6 +206,8 @@ class Run:
             e2e = float(self.tokens["sent_ns"].iloc[-1] - request.arrival_ns) / _NS_PER_MS
         if request is not None and len(self.steps):
             queue = float(self.steps["begin_ns"].iloc[0] - request.arrival_ns) / _NS_PER_MS
+        drafted = self.steps["drafted"].to_numpy() if len(self.steps) else np.zeros(0)
+        accepted = self.steps["accepted"].to_numpy()[drafted > 0].sum() if drafted.any() else 0
         return Summary(
             prompt_tokens=0 if request is None else request.prompt_tokens,
             output_tokens=count if request is None else request.output_tokens,
@@ -209,6 +221,8 @@ class Run:
             output_tokens_per_s=count / e2e * 1e3 if e2e else None,
             steps=len(self.steps),
             epochs=tuple(int(epoch) for epoch in self.steps["epoch"].unique()),
+            acceptance_rate=float(accepted / drafted.sum()) if drafted.any() else None,
+            mean_acceptance_length=float(1 + accepted / (drafted > 0).sum()) if drafted.any() else None,
         )
 
     def plot(self) -> Figure:
@@ -248,5 +262,8 @@ def _tokens_table(tokens: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     table = table.rename(columns={"own_scheduled": "scheduled"})
     for name in ("epoch", "batch_size", "scheduled"):
         table[name] = table[name].astype("Int64")
+    table["origin"] = [Origin(origin).name.lower() for origin in table["origin"]]
     order = ["request", "index", "token_id", "text", "latency_ms", "step", "epoch", "batch_size", "kind", "scheduled"]
-    return table[[*order, "path", "step_ms", "forward_ms", "logprob", "sent_ns"]].sort_values("index", kind="stable")
+    return table[[*order, "origin", "path", "step_ms", "forward_ms", "logprob", "sent_ns"]].sort_values(
+        "index", kind="stable"
+    )

@@ -41,6 +41,7 @@ _TOKENS = {
     "latency_ns": "int64",
     "step": "int64",
     **dict.fromkeys((f"{part}_ns" for part in PARTS), "float64"),
+    "origin": "int64",
 }
 _STEPS = {
     "step": "int64",
@@ -69,6 +70,7 @@ _STEPS = {
     "attention_ns": "float64",
     "read_bytes": "float64",
     "flops": "float64",
+    "speculation": "object",
 }
 _SHARES = {
     "request": "int64",
@@ -77,6 +79,8 @@ _SHARES = {
     "start": "int64",
     "scheduled": "int64",
     "kind": "int64",
+    "drafted": "int64",
+    "accepted": "int64",
 }
 
 
@@ -228,6 +232,7 @@ class EventStore:
             attention_ns=_number(event.attention_ns),
             read_bytes=_number(event.read_bytes),
             flops=_number(event.flops),
+            speculation=event.speculation,
         )
         self._shares.extend(
             count,
@@ -237,6 +242,8 @@ class EventStore:
             start=event.start,
             scheduled=event.scheduled,
             kind=event.kind,
+            drafted=event.drafted or 0,
+            accepted=event.accepted or 0,
         )
         for request in event.request:
             self._steps_seen[request] = event.step
@@ -266,6 +273,7 @@ class EventStore:
             latency_ns=of(event.latency_ns),
             step=event.step,
             **{f"{part}_ns": of(event.parts[at]) if event.parts else np.nan for at, part in enumerate(PARTS)},
+            origin=of(event.origin) if event.origin else 0,
         )
         for request, index in zip(requests, indices, strict=True):
             self._known_tokens.setdefault(request, set()).add(index)

@@ -37,6 +37,16 @@ export class Columns {
     return found;
   }
 
+  /** A column of text that older recordings lack. */
+  textsOrNull(column: string): readonly (string | null)[] | null {
+    return this.text.get(column) ?? null;
+  }
+
+  /** A column of lists of numbers; no lists where older recordings lack it. */
+  numberLists(column: string): readonly (readonly number[])[] {
+    return ((this.lists.get(column) ?? []) as readonly (readonly (number | bigint)[])[]).map(list => list.map(Number));
+  }
+
   /** A column of lists; a null list is an empty one. */
   textLists(column: string): readonly (readonly string[])[] {
     const found = this.lists.get(column);

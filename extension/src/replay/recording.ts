@@ -174,6 +174,7 @@ function stepEvents(steps: Columns, shares: Columns): Recorded['steps'] {
   const number = steps.numbers('step');
   const ends = steps.numbers('end_ns');
   const path = steps.texts('path');
+  const speculation = steps.textsOrNull('speculation');
   const column = (name: string) => steps.numbers(name);
   const plain = ['epoch', 'begin_ns', 'schedule_ns', 'prepare_ns', 'forward_ns', 'sample_ns', 'update_ns', 'end_ns']
     .concat(['running', 'waiting', 'idle_slots', 'before_ns', 'draft_ns'])
@@ -189,7 +190,9 @@ function stepEvents(steps: Columns, shares: Columns): Recorded['steps'] {
     request: shares.numbers('request'),
     start: shares.numbers('start'),
     scheduled: shares.numbers('scheduled'),
-    kind: shares.numbers('kind')
+    kind: shares.numbers('kind'),
+    drafted: shares.numbersOrNull('drafted'),
+    accepted: shares.numbersOrNull('accepted')
   };
   // The shares lie in the order of the steps.
   const begin = new Int32Array(steps.rows + 1);
@@ -218,6 +221,9 @@ function stepEvents(steps: Columns, shares: Columns): Recorded['steps'] {
         start: [...share.start.subarray(from, to)],
         scheduled: [...share.scheduled.subarray(from, to)],
         kind: [...share.kind.subarray(from, to)] as Kind[],
+        drafted: [...share.drafted.subarray(from, to)].map(count => count || 0),
+        accepted: [...share.accepted.subarray(from, to)].map(count => count || 0),
+        speculation: speculation?.[row] ?? '',
         kv: Object.fromEntries(kv.map(([name, values]) => [name, values[row]])),
         ...Object.fromEntries(plain.map(([name, values]) => [name, values[row]])),
         ...Object.fromEntries(nullable.map(([name, values]) => [name, orNull(values[row])]))
@@ -237,7 +243,8 @@ function tokenColumns(table: Columns): TokenColumns {
     logprob: table.numbersOrNull('logprob'),
     sent_ns: table.numbers('sent_ns'),
     latency_ns: table.numbers('latency_ns'),
-    parts: PARTS.map(part => table.numbersOrNull(`${part}_ns`))
+    parts: PARTS.map(part => table.numbersOrNull(`${part}_ns`)),
+    origin: table.numbersOrNull('origin')
   };
 }
 
@@ -280,7 +287,9 @@ function requestEvent(table: Columns, row: number): RequestEvent {
     last_token_ns: optional('last_token_ns'),
     preemptions: number('preemptions'),
     seed: optional('seed'),
-    priority: number('priority')
+    priority: number('priority'),
+    drafted: [...(table.numberLists('drafted')[row] ?? [])],
+    accepted: [...(table.numberLists('accepted')[row] ?? [])]
   };
 }
 

@@ -22,7 +22,7 @@ import type {
   TokensEvent
 } from '../telemetry/protocol';
 import { KvBlocks } from '../telemetry/kv-blocks';
-import { KvOp as Op } from '../telemetry/protocol';
+import { KvOp as Op, Origin } from '../telemetry/protocol';
 import type { FeedEntry, RequestRecord, StepRecord, StoreState, TokenRecord } from '../telemetry/store';
 import { DEFAULT_LIMITS, endsCache, makeStepRecord, TelemetryStore } from '../telemetry/store';
 
@@ -39,6 +39,8 @@ export interface TokenColumns {
   latency_ns: Float64Array;
   /** One column per name in `PARTS`; null where no token has parts. */
   parts: readonly Float64Array[] | null;
+  /** NaN where a recording does not say it yet. */
+  origin: Float64Array;
 }
 
 /** What happened to KV blocks, a row an operation, in order. */
@@ -344,7 +346,8 @@ export class Timeline {
         epoch: step === null ? null : step.epoch,
         batch: step === null ? null : step.request.length,
         kind: share < 0 ? null : step!.kind[share],
-        parts: parts === null || Number.isNaN(parts[0][row]) ? null : parts.map(column => column[row])
+        parts: parts === null || Number.isNaN(parts[0][row]) ? null : parts.map(column => column[row]),
+        origin: tokens.origin[row] || Origin.Plain
       };
       this.tokenRecords[row] = record;
     }
@@ -379,7 +382,8 @@ export class Timeline {
       logprob: [...tokens.logprob.subarray(row, to)].map(orNull),
       sent_ns: [...tokens.sent_ns.subarray(row, to)],
       latency_ns: [...tokens.latency_ns.subarray(row, to)],
-      parts: parts.map(column => [...column.subarray(row, to)])
+      parts: parts.map(column => [...column.subarray(row, to)]),
+      origin: [...tokens.origin.subarray(row, to)].map(origin => origin || Origin.Plain)
     };
   }
 

@@ -43,6 +43,18 @@ export enum Kind {
   Verify = 4
 }
 
+/** How an output token came about. */
+export enum Origin {
+  /** Chosen where nothing was proposed. */
+  Plain = 0,
+  /** Proposed, and what the model chose too. */
+  Accepted = 1,
+  /** The model's choice where the token proposed was another one. */
+  Corrected = 2,
+  /** The model's choice after everything proposed was accepted. */
+  Bonus = 3
+}
+
 export interface ModelInfo {
   name: string;
   source: string;
@@ -107,6 +119,8 @@ export interface FeatureSpec {
   conflicts?: FeatureRelation[];
   /** Which values another feature must have for this one to make a difference. */
   needs?: FeatureRelation[];
+  /** Choices that cannot be made here, and why. */
+  unavailable_choices?: Record<string, string>;
 }
 
 export interface KvUsage {
@@ -143,6 +157,11 @@ export interface StepEvent {
   attention_ns?: number | null;
   read_bytes?: number | null;
   flops?: number | null;
+  /** Who proposed tokens that the step verified; several are joined by `+`. */
+  speculation?: string;
+  /** Tokens proposed for each scheduled request; empty where nothing was proposed in the step. */
+  drafted?: number[];
+  accepted?: number[];
 }
 
 export interface TokensEvent {
@@ -157,6 +176,8 @@ export interface TokensEvent {
   latency_ns: number[];
   /** One list per name in {@link PARTS}, each with one entry (ns) per token; empty where it was not measured. */
   parts?: number[][];
+  /** Of each token; empty where all are {@link Origin.Plain}. */
+  origin?: Origin[];
 }
 
 export interface RequestEvent {
@@ -181,6 +202,9 @@ export interface RequestEvent {
   preemptions?: number;
   seed?: number | null;
   priority?: number;
+  /** How often a token was proposed for it as the first, second … of a step, and how often that one was accepted. */
+  drafted?: number[];
+  accepted?: number[];
 }
 
 export interface FeaturesEvent {

@@ -5,6 +5,7 @@
 
 import { KvBlocks } from './kv-blocks';
 import { Ring } from './ring';
+import { Origin } from './protocol';
 import { percentiles } from './statistics';
 import type {
   Capacity,
@@ -56,6 +57,7 @@ export interface TokenRecord {
   kind: Kind | null;
   /** Where the latency went, ns, in the order of `PARTS`; `null` where it was not measured. */
   parts: readonly number[] | null;
+  origin: Origin;
 }
 
 export interface RequestRecord {
@@ -513,7 +515,8 @@ export class TelemetryStore {
         epoch: null,
         batch: null,
         kind: null,
-        parts: event.parts?.length ? event.parts.map(each => each[index]) : null
+        parts: event.parts?.length ? event.parts.map(each => each[index]) : null,
+        origin: event.origin?.[index] ?? Origin.Plain
       };
       if (step) {
         complete(token, step);

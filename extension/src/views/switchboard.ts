@@ -530,7 +530,13 @@ function choiceInput(id: string, spec: FeatureSpec, set: (value: string) => void
   const select = h(
     'select',
     { class: 'iw-select', attrs: { id }, on: { change: () => set(select.value) } },
-    ...spec.choices.map(text => h('option', { text, attrs: { value: text } }))
+    ...spec.choices.map(text => {
+      const reason = spec.unavailable_choices?.[text];
+      return h('option', {
+        text,
+        attrs: reason === undefined ? { value: text } : { value: text, disabled: '', title: reason }
+      });
+    })
   );
   return {
     element: select,

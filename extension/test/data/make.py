@@ -14,6 +14,8 @@ from inference_server.protocol import KvEvents  # noqa: E402
 from inference_server.recording.file import RecordingFile  # noqa: E402
 from inference_server.recording.format import PART_COLUMNS  # noqa: E402
 
+SHARES = ("request", "start", "scheduled", "kind", "drafted", "accepted")
+
 
 def main() -> None:
     folder = Path(__file__).parent
@@ -23,7 +25,7 @@ def main() -> None:
         steps = file.table("steps").to_pylist()
         for step in steps:
             rows = shares.get_group(step["step"])
-            step |= {name: rows[name].tolist() for name in ("request", "start", "scheduled", "kind")}
+            step |= {name: rows[name].tolist() for name in SHARES}
         tokens = file.table("tokens").to_pylist()
         for token in tokens:
             token["parts"] = [token.pop(name) for name in PART_COLUMNS]

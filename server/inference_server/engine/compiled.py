@@ -60,6 +60,7 @@ class CompiledRunner(ModelRunner):
 
     def forward(self, plan: StepPlan, packed: tuple[Tensor, Tensor, Tensor, StepContext]) -> Tensor:
         """Compute the step as :class:`ModelRunner` does, never compiling anything on the way."""
+        self.capture = False  # a hook would be compiled in
         with torch.compiler.set_stance("eager_on_recompile"):
             return super().forward(plan, packed)
 

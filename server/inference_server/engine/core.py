@@ -7,14 +7,15 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import msgspec
 import torch
 from torch import Tensor
 
 from inference_server import features as feature_rules
-from inference_server.engine import compiled, loader, sampler
+from inference_server.engine import compiled, loader, rejection, sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
@@ -22,16 +23,20 @@ from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes, is_out_of_memory
+from inference_server.engine.rejection import Verified
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner
 from inference_server.engine.sampler import Tokens
-from inference_server.engine.scheduler import Scheduler, StepPlan
+from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
+from inference_server.engine.speculation import available, eagle_head
+from inference_server.engine.speculation.eagle_head import EagleHead
+from inference_server.engine.speculation.policy import Speculation
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
-from inference_server.features import SPECS, FeatureError, Features
-from inference_server.models import locate
+from inference_server.features import SPECS, FeatureError, Features, FeatureValue
+from inference_server.models import heads, locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
     Capacity,
@@ -44,6 +49,7 @@ from inference_server.protocol import (
     KvUsage,
     ModelInfo,
     Notice,
+    Origin,
     RequestCancelled,
     RequestFailed,
     SampledTokens,
@@ -59,7 +65,9 @@ if TYPE_CHECKING:  # importing it compiles the kernels
 
 MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
-REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
+REQUEST_OVERRIDES = frozenset(
+    {"prefix_cache_read", "prefix_cache_write", "response_cache", "speculation", "num_speculative_tokens"}
+)
 """Features that a request may set for itself."""
 STEPS_UNTIL_LARGER = 64
 """After memory ran out, steps of half the size are tried again after so many without trouble."""
@@ -91,8 +99,11 @@ class _Flight:
     path: str
     logits: Tensor
     greedy: Tokens | None
-    sampling: list[Request]
-    """One for each token to choose."""
+    sampling: list[Scheduled]
+    """The items of the plan that tokens are chosen for."""
+    proposers: str
+    """Who proposed tokens that the step verifies."""
+    draft_ns: int
     kv_events: list[tuple[KvOp, int, int]]
     booked: bool = False
     """The scheduler knows what the step computes; only its tokens are missing."""
@@ -141,6 +152,11 @@ class _Phases:
         self.before = max(self.last - busy_since_ns, 0)
         """What the engine was busy with between the step before and this one."""
 
+    def move(self, phase: str, to: str, time_ns: int) -> None:
+        """Count some of the time of a phase as another's."""
+        setattr(self, phase, getattr(self, phase) - time_ns)
+        setattr(self, to, getattr(self, to) + time_ns)
+
     def end(self, phase: str) -> int:
         """Add the time since the last call to a phase, and return now."""
         now = time.monotonic_ns()
@@ -170,14 +186,24 @@ class Engine:
     loaded : LoadedModel
     compilation : Compilation, optional
         Of the CPU kernels, where it was started beforehand.
+    draft : LoadedModel, optional
+        A smaller model that can propose tokens.
+    head : EagleHead, optional
+        Made for the model, to propose tokens.
     """
 
     def __init__(
-        self, config: EngineConfig, loaded: LoadedModel, compilation: fast_path.Compilation | None = None
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        compilation: fast_path.Compilation | None = None,
+        draft: LoadedModel | None = None,
+        head: EagleHead | None = None,
     ) -> None:
         self.config = config
         self.loaded = loaded
         self.epoch = 0
+        self.draft = draft
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
@@ -200,17 +226,24 @@ class Engine:
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
+        on_cpu = None if self.gpu is not None else cast("FastRunner | None", self.fast)
+        self._proposers = available.proposers(loaded, draft, head, self.runner, on_cpu, self.capacity)
+        self.speculation = Speculation(self._proposers.by_name)
+        if "early_exit" in self._proposers.unavailable:
+            unavailable["early_exit_layers"] = self._proposers.unavailable["early_exit"]
         defaults = Features(
             block_size=config.block_size,
             max_num_seqs=min(Features().max_num_seqs, config.max_num_seqs),
+            early_exit_layers=max(2 * loaded.num_layers // 3, 1),
             fast_path=self.fast is not None,
             cuda_graphs=self.gpu is not None,
             overlap=self.gpu is not None,
         )
-        self.specs = _specs_here(defaults, config, unavailable)
+        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
         self._specs = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
-        self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self._news: list[Notice | RequestFailed] = []
+        self.features = self._first_features(defaults)
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
@@ -233,7 +266,6 @@ class Engine:
         self.asleep = False
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
-        self._news: list[Notice | RequestFailed] = []
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
@@ -254,10 +286,38 @@ class Engine:
         compilation = fast_path.Compilation() if device.type == "cpu" else None
         located = locate.locate(config.model, progress)
         loaded = loader.load(located, device, dtype, progress)
+        draft = None
+        if config.draft_model is not None:
+            draft = loader.load(locate.locate(config.draft_model, progress), device, dtype, progress)
         progress("reserving the KV cache", 0.95, "")
         if compilation is not None and compilation.running:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
-        return cls(config, loaded, compilation)
+        folder = Path(config.eagle_head) if config.eagle_head is not None else heads.packaged(located)
+        head = eagle_head.load(folder) if folder is not None else None
+        return cls(config, loaded, compilation, draft, head)
+
+    def _first_features(self, defaults: Features) -> Features:
+        """The features to start with: what was asked for, but for what this model cannot do.
+
+        A model may be loaded while switches stand as they did for another one.
+        """
+        try:
+            return feature_rules.apply(defaults, self.config.features, self._specs)
+        except FeatureError:
+            features = defaults
+        refused = dict(self.config.features)
+        for last in (False, True):  # what one excludes another may allow, later in the list
+            for name, value in list(refused.items()):
+                try:
+                    features = feature_rules.apply(features, {name: value}, self._specs)
+                    del refused[name]
+                except FeatureError as error:
+                    if last:
+                        spelled = str(value).lower() if isinstance(value, bool) else value
+                        kept = getattr(features, name, None)
+                        text = f"The engine starts with {name}={kept}, not {spelled}: {error}"
+                        self._news.append(Notice("warning", text))
+        return features
 
     @property
     def cache(self) -> KVCache:
@@ -309,6 +369,7 @@ class Engine:
     def _capacity(self) -> Capacity:
         loaded, config = self.loaded, self.config
         per_token = loaded.kv_bytes_per_token
+        draft_per_token = self.draft.kv_bytes_per_token if self.draft is not None else 0
         wanted = config.kv_bytes
         if wanted is None:
             if loaded.device.type == "cuda":
@@ -319,7 +380,7 @@ class Engine:
         max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         # More blocks than every request at its longest could fill would only take memory from others.
         useful = config.max_num_seqs * -(-max_model_len // config.block_size)
-        num_blocks = min(wanted // (per_token * config.block_size), useful)
+        num_blocks = min(wanted // ((per_token + draft_per_token) * config.block_size), useful)
         if num_blocks < 1:
             raise ModelError(
                 f"{wanted:,} bytes of KV memory hold no block of {config.block_size} positions "
@@ -366,6 +427,7 @@ class Engine:
         except StructureError as error:
             raise RequestError(str(error)) from error
         overrides = self._overrides(message)
+        uses_response_cache = overrides.pop("response_cache", self.features.response_cache)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         samples = []
         for index, handle in enumerate(message.requests):
@@ -380,13 +442,12 @@ class Engine:
                     arrival=self._arrivals + index,
                     priority=message.priority,
                     constraint=constraints[index],
-                    prefix_cache_read=overrides.get("prefix_cache_read"),
-                    prefix_cache_write=overrides.get("prefix_cache_write"),
+                    **overrides,
                 )
             )
         self._arrivals += len(samples)
         self.requests.update((request.handle, request) for request in samples)
-        if overrides.get("response_cache", self.features.response_cache):
+        if uses_response_cache:
             samples = [request for index, request in enumerate(samples) if not self._replay(request, index)]
             if not samples:
                 return
@@ -396,15 +457,15 @@ class Engine:
             request.parent = first
         self.scheduler.add(first)
 
-    def _overrides(self, message: Submit) -> dict[str, bool]:
+    def _overrides(self, message: Submit) -> dict[str, Any]:
         """Check the feature values that a request sets for itself."""
-        checked: dict[str, bool] = {}
+        checked: dict[str, FeatureValue] = {}
         for name, value in message.overrides.items():
             if name not in REQUEST_OVERRIDES:
                 allowed = ", ".join(sorted(REQUEST_OVERRIDES))
                 raise RequestError(f"a request cannot set the feature {name!r} for itself; it can set {allowed}")
             try:
-                checked[name] = bool(feature_rules.validate(name, value, self._specs))
+                checked[name] = feature_rules.validate(name, value, self._specs)
             except FeatureError as error:
                 raise RequestError(str(error)) from error
         return checked
@@ -481,8 +542,9 @@ class Engine:
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
-        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
-        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values])
+        weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers(), *self._proposers.weights]
+        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values, *self._proposers.caches])
+        self.speculation.forget()
         self._restart_cache(self.features)
         if self.gpu is not None:
             self.gpu.forget_graphs()
@@ -526,6 +588,7 @@ class Engine:
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
         self.features = after
+        self.speculation.switched(names)
         self._compile_where_asked()
         if "instrumentation" in names:
             if after.instrumentation == "full":
@@ -620,7 +683,10 @@ class Engine:
             and flight.plan.use_cache
             and features.kv_cache
             and not self._replays
-            and not any(map(sampler.depends_on_its_output, flight.sampling))
+            # What is proposed next, and what of it is computed, depends on the tokens.
+            and not flight.proposers
+            and not self.speculation.waits_for_tokens((item.request for item in flight.sampling), features)
+            and not any(sampler.depends_on_its_output(item.request) for item in flight.sampling)
         )
 
     def _launch(self, phases: _Phases) -> _Flight | None:
@@ -632,20 +698,27 @@ class Engine:
         while True:
             if not self.scheduler.has_work():
                 return None
-            plan = self.scheduler.schedule(self._memory.apply(features))
+            plan = self.scheduler.schedule(
+                self._memory.apply(features), self.speculation.wishes(features, self.scheduler.running)
+            )
             if not plan.items:
                 self.cache.transfers[:0] = plan.transfers
                 return None
             events += self._take_kv_events()
             phases.end("schedule")
+            phases.move("schedule", "forward", self.speculation.wishing_ns)
             plan.started[:0], plan.preempted[:0] = started, preempted
             runner = self._runner(features)
             if self.gpu is not None:
                 self.gpu.use_graphs = features.cuda_graphs
             try:
+                proposers = self.speculation.propose(plan, features)
+                phases.end("forward")
+                self.speculation.before_forward(runner, plan, features)
                 packed = runner.prepare(plan)
                 phases.end("prepare")
                 logits = runner.forward(plan, packed)
+                self.speculation.after_forward(runner, plan, features)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -664,7 +737,9 @@ class Engine:
             path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
             logits=logits,
             greedy=runner.greedy,
-            sampling=[item.request for item in plan.items if item.sample],
+            sampling=[item for item in plan.items if item.sample],
+            proposers=proposers,
+            draft_ns=self.speculation.spent_ns,
             kv_events=events,
         )
 
@@ -717,33 +792,45 @@ class Engine:
             device_ns = pending.device_ns
             phases.end("forward")
         # A request may have ended since the step was launched: by a stop token of the step before, or cancelled.
-        alive = [row for row, request in enumerate(flight.sampling) if request.finish_reason is None]
-        sampled = _sample(flight.logits, flight.sampling, pending)
+        alive = [place for place, item in enumerate(flight.sampling) if item.request.finish_reason is None]
+        before = [len(item.request.tokens) for item in flight.sampling]
+        chosen = _verify(flight.logits, flight.sampling, pending)
         phases.end("sample")
         if not flight.booked:
             self.scheduler.book(plan, flight.features)
-        self.scheduler.resolve(plan, sampled.tokens)
-        requests = [flight.sampling[row] for row in alive]
-        tokens = SampledTokens(
-            request=_handles(requests),
-            index=[request.num_output - 1 for request in requests],
-            token_id=[sampled.tokens[row] for row in alive],
-            logprob=[sampled.logprobs[row] for row in alive],
-            top=[sampled.top[row] for row in alive],
-            finish=[request.finish_reason for request in requests],
-        )
-        for row, request in zip(alive, requests, strict=True):
+        self.scheduler.resolve(plan, chosen.tokens, flight.features)
+        tokens = SampledTokens(request=[], index=[], token_id=[], logprob=[], top=[], finish=[])
+        accepted: dict[int, int] = {}
+        for place in alive:
+            item = flight.sampling[place]
+            request = item.request
+            count = len(request.tokens) - before[place]  # fewer than chosen where one of them ended the request
+            logprobs, top = chosen.logprobs[place][:count], chosen.top[place][:count]
+            first = before[place] - request.prompt_len
+            tokens.request.extend([request.handle] * count)
+            tokens.index.extend(range(first, first + count))
+            tokens.token_id.extend(chosen.tokens[place][:count])
+            tokens.logprob.extend(logprobs)
+            tokens.top.extend(top)
+            tokens.finish.extend([None] * (count - 1) + [request.finish_reason])
+            if flight.proposers:
+                tokens.origin.extend(_origins(item, len(chosen.tokens[place]))[:count])
+            if item.drafts:
+                accepted[request.handle] = len(chosen.tokens[place]) - 1
             if request.response_key is not None:
-                request.logprobs.append(sampled.logprobs[row])
-                request.top.append(sampled.top[row])
+                request.logprobs += logprobs
+                request.top += top
             if request.finish_reason is not None:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
+        self.speculation.learn(
+            plan, flight.features, accepted, time.monotonic_ns() - begin - flight.draft_ns, flight.draft_ns
+        )
         settled = self._settle(tokens.request)
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before
         self._busy_since_ns = end
-        event = self._step_event(flight, begin, end, phases, device_ns)
+        event = self._step_event(flight, begin, end, phases, device_ns, accepted)
         report = StepReport(
             step=event,
             tokens=tokens,
@@ -752,13 +839,22 @@ class Engine:
             cached=[request.cached_prompt_tokens for request in plan.started],
             seeds=[request.seed for request in plan.started],
             begin_ns=begin,
+            verified=list(accepted),
+            drafted=[len(item.drafts) for item in flight.sampling if item.request.handle in accepted],
+            accepted=list(accepted.values()),
             kv_events=self._kv_events(flight),
         )
         self.telemetry_ns += time.monotonic_ns() - end
         return report, settled
 
     def _step_event(
-        self, flight: _Flight, begin: int, end: int, phases: _Phases, device_ns: int | None
+        self,
+        flight: _Flight,
+        begin: int,
+        end: int,
+        phases: _Phases,
+        device_ns: int | None,
+        accepted: dict[int, int],
     ) -> StepEvent | None:
         if self.features.instrumentation == "off":
             return None
@@ -787,7 +883,11 @@ class Engine:
             idle_slots=plan.idle_slots,
             device_ns=device_ns,
             before_ns=phases.before,
+            draft_ns=flight.draft_ns,
             attention_ns=attention_ns,
+            speculation=flight.proposers,
+            drafted=[len(item.drafts) for item in plan.items] if flight.proposers else [],
+            accepted=[accepted.get(item.request.handle, 0) for item in plan.items] if flight.proposers else [],
         )
 
     def _kv_events(self, flight: _Flight) -> KvEvents | None:
@@ -895,11 +995,19 @@ class Engine:
         return settled
 
 
-def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str, str]) -> tuple[FeatureSpec, ...]:
+def _specs_here(
+    defaults: Features,
+    config: EngineConfig,
+    num_layers: int,
+    unavailable: dict[str, str],
+    no_proposers: dict[str, str],
+) -> tuple[FeatureSpec, ...]:
     """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
     specs = []
     for spec in SPECS:
-        maximum = config.max_num_seqs if spec.name == "max_num_seqs" else spec.maximum
+        limits = {"max_num_seqs": config.max_num_seqs, "early_exit_layers": max(num_layers - 1, 1)}
+        maximum = limits.get(spec.name, spec.maximum)
+        choices = no_proposers if spec.name == "speculation" else {}
         specs.append(
             msgspec.structs.replace(
                 spec,
@@ -907,23 +1015,25 @@ def _specs_here(defaults: Features, config: EngineConfig, unavailable: dict[str,
                 maximum=maximum,
                 available=spec.name not in unavailable,
                 unavailable_reason=unavailable.get(spec.name),
+                unavailable_choices=choices,
             )
         )
     return tuple(specs)
 
 
-def _sample(logits: Tensor, requests: list[Request], greedy: Tokens | None) -> sampler.Sampled:
-    """Choose a token for each row; where memory runs out, for half of the rows at a time."""
+def _verify(logits: Tensor, items: list[Scheduled], greedy: Tokens | None) -> Verified:
+    """Choose the tokens of each item; where memory runs out, for half of the items at a time."""
     try:
-        return sampler.sample(logits, requests, greedy=greedy)
+        return rejection.verify(logits, items, greedy)
     except Exception as error:
-        if len(requests) < 2 or not is_out_of_memory(error):
+        if len(items) < 2 or not is_out_of_memory(error):
             raise
         if logits.device.type == "cuda":
             torch.cuda.empty_cache()
-    half = len(requests) // 2
-    parts = (_sample(logits[:half], requests[:half], None), _sample(logits[half:], requests[half:], None))
-    return sampler.Sampled(
+    half = len(items) // 2
+    rows = sum(item.num_sampled for item in items[:half])
+    parts = (_verify(logits[:rows], items[:half], None), _verify(logits[rows:], items[half:], None))
+    return Verified(
         tokens=parts[0].tokens + parts[1].tokens,
         logprobs=parts[0].logprobs + parts[1].logprobs,
         top=parts[0].top + parts[1].top,
@@ -939,6 +1049,14 @@ def _kv_events(step: int, events: list[tuple[KvOp, int, int]]) -> KvEvents | Non
         block=[block for _, block, _ in events],
         request=[request for _, _, request in events],
     )
+
+
+def _origins(item: Scheduled, count: int) -> list[int]:
+    """:class:`Origin` of each of ``count`` tokens that were chosen for an item."""
+    if not item.drafts:
+        return [int(Origin.PLAIN)] * count
+    last = Origin.BONUS if count > len(item.drafts) else Origin.CORRECTED
+    return [int(Origin.ACCEPTED)] * (count - 1) + [int(last)]
 
 
 def _handles(requests: list[Request]) -> list[int]:

@@ -135,11 +135,11 @@ class KVCache:
         held = len(request.blocks) or adopted
         if self.contiguous:
             return 0 if request.blocks else -(-request.max_total // self.block_size)
-        needed = -(-end // self.block_size) - held
+        needed = max(-(-end // self.block_size) - held, 0)
         if request.blocks and request.num_computed % self.block_size:
             tail = request.blocks[request.num_computed // self.block_size]
             needed += self.pool.references[tail] > 1
-        return max(needed, 0)
+        return needed
 
     def can_extend(self, request: Request, end: int) -> bool:
         """Whether :meth:`extend` would succeed now."""

@@ -55,6 +55,10 @@ class Request:
     prefix_cache_read: bool | None = None
     """Overrides the feature of the same name, for this request; ``None`` follows it."""
     prefix_cache_write: bool | None = None
+    speculation: str | None = None
+    """Overrides the feature of the same name, for this request; ``None`` follows it."""
+    num_speculative_tokens: int | None = None
+    """Overrides the feature of the same name, for this request; ``None`` follows it."""
     response_key: Key | None = None
     """Where to remember the answer; ``None`` if it is not to be remembered."""
     constraint: Constraint | None = None

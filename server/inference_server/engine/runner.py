@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
@@ -49,6 +50,11 @@ class ModelRunner:
         self.model = model
         self.tensors = tensors
         self.device = tensors.device
+        self.capture = False
+        """Keep the hidden states that enter :attr:`capture_layers`."""
+        self.capture_layers: tuple[int, ...] = ()
+        self.features: Tensor | None = None
+        """The hidden states of the last step, ``[positions, layers * hidden]`` in float32, where they were kept."""
         self.last_attention_calls = 0
         self.attention_ns: int | None = None
         """What attention took of the last step, where calling it is doing it: on a CPU."""
@@ -63,11 +69,10 @@ class ModelRunner:
         segments: list[Segment] = []
         decodes: list[tuple[int, np.ndarray]] = []
         for item in plan.items:
-            offset, end = len(ids), item.start + item.count
-            ids.extend(item.request.tokens[item.start : end])
+            offset, end = len(ids), item.end
+            ids.extend(item.tokens())
             positions.append(np.arange(item.start, end))
-            if item.sample:
-                keep.append(len(ids) - 1)
+            keep += range(len(ids) - item.num_sampled, len(ids))
             if not plan.use_cache:
                 segments.append(Segment(offset, item.count, item.start, None))
                 continue
@@ -104,16 +109,33 @@ class ModelRunner:
         if plan.transfers:
             self.tensors.transfer(plan.transfers)
         attention.set_context(context)
+        captured: list[Tensor] = []
+        hooks = self._hooks(captured) if self.capture else []
         try:
             # With nothing to sample (a chunk in the middle of a prompt) one row is computed and thrown away.
             rows = keep if len(keep) else keep.new_zeros(1)
             out = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         finally:
             attention.set_context(None)
+            for hook in hooks:
+                hook.remove()
+        self.features = torch.cat(captured, -1) if captured else None
         self.last_attention_calls = context.calls
         self.attention_ns = context.spent_ns if self.device.type == "cpu" else None
         logits: Tensor = out.logits[0]
         return logits[: len(keep)]
+
+    def capture_at(self, layers: tuple[int, ...]) -> None:
+        """Be able to keep the hidden states that enter some layers."""
+        self.capture_layers = layers
+
+    def _hooks(self, captured: list[Tensor]) -> list[RemovableHandle]:
+        model: Any = self.model
+
+        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            captured.append(inputs[0][0].float())
+
+        return [model.model.layers[index].register_forward_pre_hook(keep) for index in self.capture_layers]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

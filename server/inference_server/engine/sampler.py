@@ -6,6 +6,7 @@ request draws the same numbers whatever else is in the batch, after any preempti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from struct import pack
@@ -52,7 +53,9 @@ class Sampled:
     top: list[list[tuple[int, float]] | None]
 
 
-def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None) -> Sampled:
+def sample(
+    logits: Tensor, requests: list[Request], greedy: Tokens | None = None, ahead: Sequence[Sequence[int]] | None = None
+) -> Sampled:
     """Sample one token per row.
 
     Parameters
@@ -63,6 +66,8 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
         One per row.
     greedy : Tokens, optional
         The most likely token of each row, if the forward pass finds it.
+    ahead : sequence of sequence of int, optional
+        For each row, tokens that are supposed to stand between the request's last one and the one to sample.
     """
     if not requests:
         return Sampled([], [], [])
@@ -72,22 +77,24 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
         # No copy of the logits and no search: at 32 rows of a large vocabulary they cost milliseconds.
         count = len(requests)
         return Sampled(greedy.tolist(), [None] * count, [None] * count)
+    if ahead is None:
+        ahead = [()] * len(requests)
     raw = logits.float()
     rows = raw
     if any(_has_penalties(request) or request.constraint is not None for request in requests):
         rows = raw.clone()
         for row, request in enumerate(requests):
             if _has_penalties(request):
-                _penalize(rows[row], request)
+                _penalize(rows[row], request, ahead[row])
             if request.constraint is not None:
-                request.constraint.mask(rows[row])
+                request.constraint.mask(rows[row], ahead[row])
     tokens = rows.argmax(dim=-1)
     drawn = [row for row, request in enumerate(requests) if request.sampling.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         probabilities = filtered_probabilities(rows[index], [requests[row] for row in drawn])
         numbers = torch.tensor(
-            [uniform(requests[row].seed, requests[row].num_output) for row in drawn],
+            [uniform(requests[row].seed, requests[row].num_output + len(ahead[row])) for row in drawn],
             dtype=torch.float64,
             device=logits.device,
         )
@@ -103,9 +110,6 @@ def sample(logits: Tensor, requests: list[Request], greedy: Tokens | None = None
             count = requests[row].sampling.logprobs or 0
             values, ids = logs[place].topk(min(count, logs.shape[1]))
             top[row] = list(zip(ids.tolist(), values.tolist(), strict=True))
-    for request, token in zip(requests, chosen, strict=True):  # last: if memory runs out above, nothing has changed
-        if request.constraint is not None:
-            request.complete = request.constraint.accept(token)
     return Sampled(chosen, logprobs, top)
 
 
@@ -206,14 +210,14 @@ def _has_penalties(request: Request) -> bool:
     return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
-def _penalize(row: Tensor, request: Request) -> None:
+def _penalize(row: Tensor, request: Request, ahead: Sequence[int]) -> None:
     """Apply penalties in place: repetition over prompt and output (Keskar et al. 2019), the others over the output."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(request.tokens)), device=row.device)
+        seen = torch.tensor(sorted({*request.tokens, *ahead}), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
-    output = request.tokens[request.prompt_len :]
+    output = [*request.tokens[request.prompt_len :], *ahead]
     if output and (sampling.presence_penalty or sampling.frequency_penalty):
         ids, counts = torch.unique(torch.tensor(output, device=row.device), return_counts=True)
         row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty

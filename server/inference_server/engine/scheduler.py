@@ -10,7 +10,7 @@ never fit is refused at submission, and one that waited :data:`PROMOTE_AFTER_STE
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from inference_server.engine.kv_cache import KVCache, Transfer
@@ -19,6 +19,9 @@ from inference_server.features import Features
 from inference_server.protocol import FinishReason, Kind
 
 PROMOTE_AFTER_STEPS = 512
+
+Wish = Callable[[Request], int]
+"""How many tokens somebody would propose for a request that is about to decode."""
 
 
 @dataclass(slots=True)
@@ -31,6 +34,29 @@ class Scheduled:
     kind: Kind
     sample: bool
     """The last of these positions is the newest token's, so its logits give the next one."""
+    drafts: list[int] = field(default_factory=list)
+    """Proposed tokens. They stand in the last positions, after the newest token, and their logits are kept too."""
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.start + self.count
+
+    @property
+    def num_sampled(self) -> int:
+        """Positions whose logits are kept: the last ones."""
+        return 1 + len(self.drafts) if self.sample else 0
+
+    def tokens(self) -> list[int]:
+        """Tokens at the positions to compute, as far as they are known."""
+        known = self.request.tokens[self.start : self.end]
+        return known + self.drafts if self.drafts else known
+
+    def propose(self, drafts: list[int]) -> None:
+        """Take what was proposed for a :attr:`Kind.VERIFY` item, at most as much as it has room for."""
+        self.drafts = drafts[: self.count - 1]
+        self.count = 1 + len(self.drafts)
+        self.kind = Kind.VERIFY if self.drafts else Kind.DECODE
 
 
 @dataclass(slots=True)
@@ -42,6 +68,8 @@ class StepPlan:
     use_cache: bool
     transfers: list[Transfer] = field(default_factory=list)
     """What to copy between KV blocks and host memory, in this order, before the forward pass."""
+    moves_blocks: bool = False
+    """There are such copies, or were: they leave the list once they are made."""
     preempted: list[Request] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
     """Requests that left the queue in this step."""
@@ -51,6 +79,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Positions computed in this step."""
         return sum(item.count for item in self.items)
+
+    @property
+    def num_drafts(self) -> int:
+        """Proposed tokens that this step verifies."""
+        return sum(len(item.drafts) for item in self.items)
 
 
 class Scheduler:
@@ -114,78 +147,100 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def schedule(self, features: Features) -> StepPlan:
-        """Compose the next step under ``features``. Allocates blocks; an empty plan means that there is no work."""
+    def schedule(self, features: Features, wish: Wish | None = None) -> StepPlan:
+        """Compose the next step under ``features``. Allocates blocks; an empty plan means that there is no work.
+
+        Where ``wish`` says so and there is room, a request that decodes gets more positions, for tokens that will be
+        proposed (:meth:`Scheduled.propose`) before the step is computed. They never take a block that another request
+        needs in this step, and no more than half of the positions that prompts could have.
+        """
         self.step += 1
         plan = StepPlan(step=self.step, items=[], use_cache=features.kv_cache)
         self._promote()
         self.running.sort(key=lambda request: self._rank(request, features))
         budget = features.max_num_batched_tokens
         if features.kv_cache:
-            budget = self._schedule_running(features, budget, plan)
+            budget = self._schedule_running(features, budget, plan, wish)
         if not plan.preempted:
             self._admit(features, budget, plan)
         if not features.kv_cache:
             self._schedule_uncached(features, plan)
         plan.transfers, self.cache.transfers = self.cache.transfers, []
+        plan.moves_blocks = bool(plan.transfers)
         plan.idle_slots = max(self._static_seats - len(self.running), 0) if features.batching == "static" else 0
         return plan
 
-    def update(self, plan: StepPlan, sampled: list[int], features: Features) -> list[FinishReason | None]:
+    def update(self, plan: StepPlan, sampled: list[list[int]], features: Features) -> list[FinishReason | None]:
         """Book a computed step.
 
         Parameters
         ----------
         plan : StepPlan
             As returned by :meth:`schedule`; requests cancelled meanwhile are skipped.
-        sampled : list of int
-            One token for each item of the plan whose ``sample`` is true, in order.
+        sampled : list of list of int
+            For each item of the plan whose ``sample`` is true, in order, the tokens that were chosen: one, and before
+            it the proposed ones that were accepted.
         features : Features
             The same snapshot that :meth:`schedule` was given.
 
         Returns
         -------
         list
-            For each sampled item the reason why its request ended with this token, or ``None``.
+            For each sampled item the reason why its request ended with these tokens, or ``None``. Tokens that follow
+            the one which ends a request are dropped.
         """
         self.book(plan, features)
-        return self.resolve(plan, sampled)
+        return self.resolve(plan, sampled, features)
 
     def book(self, plan: StepPlan, features: Features) -> None:
         """Book the positions of a step that was launched, before its tokens are known; :meth:`resolve` follows.
 
-        The next step can be scheduled in between. A request that gets its last token leaves at once.
+        The next step can be scheduled in between, unless this one verifies proposals: what it computes of them is
+        known only with its tokens. A request that gets its last token leaves at once.
         """
         for item in plan.items:
             request = item.request
             if request.finish_reason is not None:
                 continue
-            end = item.start + item.count
-            request.computed_high_water = max(request.computed_high_water, end)
-            if plan.use_cache:
-                self.cache.mark_computed(request, item.start, end)
-                request.num_computed = end
-                if _effective(request.prefix_cache_write, features.prefix_cache_write):
-                    self.cache.register(request)
-                if request.group and end >= request.prompt_len:
+            if not item.drafts:
+                self._book_computed(request, item.start, item.end, plan, features)
+                if plan.use_cache and request.group and item.end >= request.prompt_len:
                     self._fork_group(request)
             if item.sample:
                 request.pending += 1
                 if request.num_output >= request.sampling.max_tokens:
                     self._leave(request)
 
-    def resolve(self, plan: StepPlan, sampled: list[int]) -> list[FinishReason | None]:
+    def _book_computed(self, request: Request, start: int, end: int, plan: StepPlan, features: Features) -> None:
+        request.computed_high_water = max(request.computed_high_water, end)
+        if plan.use_cache:
+            self.cache.mark_computed(request, start, end)
+            request.num_computed = end
+            if _effective(request.prefix_cache_write, features.prefix_cache_write):
+                self.cache.register(request)
+
+    def resolve(self, plan: StepPlan, sampled: list[list[int]], features: Features) -> list[FinishReason | None]:
         """Book the tokens of a step after :meth:`book`; arguments and result are those of :meth:`update`."""
         reasons: list[FinishReason | None] = []
-        tokens = iter(sampled)
+        chosen = iter(sampled)
         for item in plan.items:
             if not item.sample:
                 continue
-            request, token = item.request, next(tokens)
+            request, tokens = item.request, next(chosen)
             if request.finish_reason is None:
                 request.pending -= 1
-                request.tokens.append(token)
-                request.finish_reason = self._finish_reason(request, token)
+                taken = 0
+                for token in tokens:
+                    taken += 1
+                    request.tokens.append(token)
+                    if request.constraint is not None:
+                        request.complete = request.constraint.accept(token)
+                    request.finish_reason = self._finish_reason(request, token)
+                    if request.finish_reason is not None:
+                        break
+                if item.drafts:
+                    # What stands behind the last accepted token is overwritten by the next step.
+                    self._book_computed(request, item.start, item.start + taken, plan, features)
                 if request.finish_reason is not None:
                     self._leave(request)
             reasons.append(request.finish_reason)
@@ -208,11 +263,14 @@ class Scheduler:
             if self.step - request.waiting_since > PROMOTE_AFTER_STEPS:
                 request.promoted = True
 
-    def _schedule_running(self, features: Features, budget: int, plan: StepPlan) -> int:
+    def _schedule_running(self, features: Features, budget: int, plan: StepPlan, wish: Wish | None) -> int:
         # Decodes first: a prompt that comes in must not hold up those who are already answering more than it has to.
         decodes = [request for request in self.running if request.num_tokens - request.num_computed == 1]
         prefills = [request for request in self.running if request.num_tokens - request.num_computed > 1]
-        for request in (*decodes, *prefills):
+        spare = budget - len(decodes)
+        if prefills or self.waiting:
+            spare //= 2  # proposals must not keep prompts out
+        for place, request in enumerate((*decodes, *prefills)):
             if request not in self.running:  # preempted a moment ago, for one that ranks higher
                 continue
             count = self._chunk(request.num_tokens - request.num_computed, budget, features, plan)
@@ -220,16 +278,41 @@ class Scheduler:
                 continue
             budget += self._make_room(request, request.num_computed + count, features, plan)
             if request in self.running:
+                behind = len(decodes) - place - 1
+                if wish is not None and behind >= 0:
+                    drafts = self._room_for_drafts(request, wish, spare, behind)
+                    spare -= drafts
+                    count += drafts
                 self._plan_item(request, count, plan)
                 budget -= count
         return budget
+
+    def _room_for_drafts(self, request: Request, wish: Wish, budget: int, behind: int) -> int:
+        """Provide blocks for proposals of a request that decodes; return how many it may have.
+
+        ``behind`` requests decode after it and need a block each, at worst.
+        """
+        start = request.num_computed
+        if request.pending or start < max(request.prompt_len, request.computed_high_water):
+            return 0
+        # The last token that it may say needs no proposal, and none behind it.
+        most = min(budget, request.sampling.max_tokens - request.num_output - 1)
+        count = min(wish(request), most) if most > 0 else 0
+        while count > 0:
+            needed = self.cache.blocks_needed(request, start + 1 + count)
+            if not needed or needed + behind <= self.cache.pool.num_available:
+                break
+            count -= 1
+        if count > 0 and not self.cache.extend(request, start + 1 + count):
+            raise AssertionError(f"request {request.handle} was given room for proposals that is not there")
+        return max(count, 0)
 
     def _chunk(self, wanted: int, budget: int, features: Features, plan: StepPlan) -> int:
         """How many of ``wanted`` positions this step may compute."""
         if features.chunked_prefill or wanted == 1:
             return min(wanted, max(budget, 0))
         # Whole prompts only: the first one of a step goes ahead whatever its length, or it might never fit.
-        first = all(item.count == 1 for item in plan.items)
+        first = all(item.count == 1 or item.kind == Kind.VERIFY for item in plan.items)
         return wanted if wanted <= budget or first else 0
 
     def _make_room(self, request: Request, end: int, features: Features, plan: StepPlan) -> int:
@@ -346,13 +429,15 @@ class Scheduler:
 
     def _plan_item(self, request: Request, count: int, plan: StepPlan) -> None:
         start = request.num_computed
-        if start < request.computed_high_water:
+        if start + count > request.num_tokens:
+            kind = Kind.VERIFY
+        elif start < request.computed_high_water:
             kind = Kind.RECOMPUTE
         elif start >= request.prompt_len and count == 1:
             kind = Kind.DECODE
         else:
             kind = Kind.PREFILL
-        sample = start + count == request.num_tokens
+        sample = start + count >= request.num_tokens
         plan.items.append(Scheduled(request, start, count, kind, sample))
 
     # -- private: booking ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ alone, preemption and switches do not touch it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,8 +37,27 @@ class Constraint:
         self._bits = torch.zeros(1, self._words, dtype=torch.int32)
         self._shifts = torch.arange(32, dtype=torch.int32)
 
-    def mask(self, row: Tensor) -> None:
-        """Rule out, in a row of logits ``[vocab]``, every token that the grammar does not allow next."""
+    def mask(self, row: Tensor, ahead: Sequence[int] = ()) -> None:
+        """Rule out, in a row of logits ``[vocab]``, every token that the grammar does not allow next.
+
+        After the tokens ``ahead``, where they are given. Where these cannot come or complete the output, the row is
+        left alone: nothing will be chosen from it.
+        """
+        if ahead:
+            taken = self._matcher.try_consume_tokens(list(ahead))
+            try:
+                if taken == len(ahead) and not self._matcher.is_stopped():
+                    self._mask(row)
+            finally:
+                self._matcher.rollback(taken)
+        else:
+            self._mask(row)
+
+    def possible(self, tokens: list[int]) -> int:
+        """How many of some tokens could come next, one after another."""
+        return int(self._matcher.validate_tokens(tokens))
+
+    def _mask(self, row: Tensor) -> None:
         self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.numel() * 4)
         allowed = ((self._bits[0][:, None] >> self._shifts) & 1).reshape(-1)[: row.shape[0]].bool()
         if allowed.shape[0] < row.shape[0]:  # the model's vocabulary is padded beyond the tokenizer's

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from inference_server.features import MAX_DRAFTS
 from inference_server.front.latency_summary import LatencyStatistics
 from inference_server.protocol import Capacity, FinishReason, KvUsage, Ready, RequestState, StepReport
 
@@ -55,6 +56,9 @@ _COUNTERS = {
     "generation_tokens": "Output tokens sent.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache, once per request.",
     "prefix_cache_hits": "Prompt tokens that the prefix cache supplied.",
+    "spec_decode_num_drafts": "Verified proposals, of one or more tokens for a request in a step.",
+    "spec_decode_num_draft_tokens": "Tokens proposed.",
+    "spec_decode_num_accepted_tokens": "Tokens proposed and accepted.",
 }
 
 
@@ -94,6 +98,7 @@ class Metrics:
         """Returns the states of the active requests."""
         self._histograms = {name: _Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
         self._counters = dict.fromkeys(_COUNTERS, 0)
+        self._accepted_per_position = [0] * MAX_DRAFTS
         self._ended: dict[FinishReason, int] = dict.fromkeys(_REASONS, 0)
         self._kv: KvUsage | None = None
         self.model_name = ""
@@ -117,6 +122,12 @@ class Metrics:
     def step(self, report: StepReport) -> None:
         """A step ended."""
         self._counters["num_preemptions"] += len(report.preempted)
+        self._counters["spec_decode_num_drafts"] += len(report.verified)
+        self._counters["spec_decode_num_draft_tokens"] += sum(report.drafted)
+        self._counters["spec_decode_num_accepted_tokens"] += sum(report.accepted)
+        for accepted in report.accepted:
+            for position in range(accepted):
+                self._accepted_per_position[position] += 1
         step = report.step
         if step is None:
             self._kv = None  # nothing is known about it while nothing is recorded
@@ -209,6 +220,14 @@ class Metrics:
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=labels)
             counter.add_metric(values, self._counters[name])
             yield counter
+        per_position = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted tokens by their place in the proposal, from 0.",
+            labels=[*labels, "position"],
+        )
+        for position, accepted in enumerate(self._accepted_per_position):
+            per_position.add_metric([*values, str(position)], accepted)
+        yield per_position
         success = CounterMetricFamily(
             "vllm:request_success", "Requests by how they ended.", labels=[*labels, "finished_reason"]
         )

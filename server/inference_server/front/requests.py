@@ -60,6 +60,10 @@ class Sample:
     preemptions: int = 0
     seed: int | None = None
     priority: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """How often a token was proposed for it as the first, second … of a step."""
+    accepted: list[int] = field(default_factory=list)
+    """How often that token was accepted."""
     detail: RequestDetail | None = None
     leader: Sample | None = None
     """The sample that computes the prompt for this one; ``None`` for itself."""
@@ -87,6 +91,8 @@ class Output:
     token_text: str = ""
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None
+    origin: int = 0
+    """:class:`~inference_server.protocol.Origin`, as a number."""
     finish: FinishReason | None = None
     step: StepTokens | None = None
     place: int = 0
@@ -404,17 +410,28 @@ class RequestTable:
             if (preempted := self._samples.get(handle)) is not None:
                 preempted.preemptions += 1
             self._change_state(handle, "preempted")
+        for handle, drafted, accepted in zip(report.verified, report.drafted, report.accepted, strict=True):
+            if (verified := self._samples.get(handle)) is not None:
+                _count(verified.drafted, drafted)
+                _count(verified.accepted, accepted)
         tokens = report.tokens
         outgoing = StepTokens(report.step.step if report.step else None, received_ns, self._sent)
         at_once: list[Output] = []
-        for handle, index, token_id, logprob, top, finish in zip(
-            tokens.request, tokens.index, tokens.token_id, tokens.logprob, tokens.top, tokens.finish, strict=True
+        for handle, index, token_id, logprob, top, finish, origin in zip(
+            tokens.request,
+            tokens.index,
+            tokens.token_id,
+            tokens.logprob,
+            tokens.top,
+            tokens.finish,
+            tokens.origin or [0] * len(tokens.request),
+            strict=True,
         ):
             sample = self._samples.get(handle)
             if sample is None:
                 continue  # cancelled, or ended by a stop string, while the step ran
             output = self._output(sample, index, token_id, finish)
-            output.logprob, output.top = logprob, top
+            output.logprob, output.top, output.origin = logprob, top, origin
             outgoing.add(output)
             sample.generation.post(output)
             if not sample.generation.streaming:
@@ -430,7 +447,10 @@ class RequestTable:
         sample.output_tokens += 1
         if sample.state != "running":
             self._change_state(sample.handle, "running")
-        silent = finish == "stop"  # the token that ends a text is no part of it
+        # The token that ends a text is no part of it, unless a schema is what it completes (a special one has no text).
+        silent = finish == "stop"
+        if silent and sample.detail is not None and sample.detail.sampling.json_schema is not None:
+            silent = token_id in sample.detail.sampling.stop_token_ids
         text = "" if silent else sample.detokenizer.add(token_id)
         if finish is not None:
             text += sample.detokenizer.finish()
@@ -527,5 +547,14 @@ class RequestTable:
                 preemptions=sample.preemptions,
                 seed=sample.seed,
                 priority=sample.priority,
+                drafted=list(sample.drafted),
+                accepted=list(sample.accepted),
             )
         )
+
+
+def _count(positions: list[int], count: int) -> None:
+    """Count one more at each of the first ``count`` positions."""
+    positions.extend([0] * (count - len(positions)))
+    for place in range(count):
+        positions[place] += 1

@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     """Bytes for the KV cache; ``None`` sizes it from what is free."""
     max_model_len: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
+    draft_model: str | None = None
+    """A smaller model with the same vocabulary, for speculative decoding."""
+    eagle_head: str | None = None
+    """Folder of an EAGLE-3 head for the model, for speculative decoding."""
 
     engine_command: tuple[str, ...] = (sys.executable, "-m", "inference_server.engine")
     """What to run as the engine; ``--config``, ``--receive`` and ``--send`` are appended."""
@@ -100,6 +104,8 @@ class Settings(BaseSettings):
                 "kv_bytes": self.kv_memory,
                 "max_model_len": self.max_model_len,
                 "threads": self.threads,
+                "draft_model": self.draft_model,
+                "eagle_head": self.eagle_head,
             },
             EngineConfig,
         )

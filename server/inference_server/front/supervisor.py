@@ -347,7 +347,10 @@ class EngineSupervisor:
 
     def _launch(self, model: str | None) -> None:
         if model is not None and model != self._config.model:
-            self._config = msgspec.structs.replace(self._config, model=model, served_name=None)
+            # What was chosen to propose tokens for one model is for that model.
+            self._config = msgspec.structs.replace(
+                self._config, model=model, served_name=None, draft_model=None, eagle_head=None
+            )
         self._policy.forget()
         self._was_ready = False
         self._runner = asyncio.create_task(self._run())

@@ -58,7 +58,8 @@ class TokenBook:
         self._metrics.step(report)
         if step is not None:
             if self.work is not None:
-                step = with_work(step, self.work, len(report.tokens.request))
+                rejected = sum(report.drafted) - sum(report.accepted)
+                step = with_work(step, self.work, len(report.tokens.request) + rejected)
             if self.level == "full":
                 self._attribution.add_step(step)
             self._log.append(step)
@@ -123,6 +124,7 @@ class TokenBook:
                     sent_ns=[sent_ns for _, _, sent_ns in tokens],
                     latency_ns=latencies,
                     parts=[list(column) for column in zip(*splits, strict=True)] if splits else [[] for _ in PARTS],
+                    origin=[output.origin for output in outputs] if any(output.origin for output in outputs) else [],
                 )
             )
         self._metrics.tokens(tokens, latencies)

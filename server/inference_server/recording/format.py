@@ -128,6 +128,7 @@ TABLES: dict[str, Columns] = {
         "attention_ns": "int64?",
         "read_bytes": "int64?",
         "flops": "int64?",
+        "speculation": "string",
     },
     "step_requests": {
         "step": "int64",
@@ -135,6 +136,8 @@ TABLES: dict[str, Columns] = {
         "start": "int32",
         "scheduled": "int32",
         "kind": "int8",
+        "drafted": "int16",
+        "accepted": "int16",
     },
     "tokens": {
         "step": "int64",
@@ -146,6 +149,7 @@ TABLES: dict[str, Columns] = {
         "sent_ns": "int64",
         "latency_ns": "int64",
         **dict.fromkeys(PART_COLUMNS, "int64?"),
+        "origin": "int8",
     },
     "request_events": {
         "request": "int64",
@@ -168,6 +172,8 @@ TABLES: dict[str, Columns] = {
         "preemptions": "int32",
         "seed": "uint64?",
         "priority": "int32",
+        "drafted": "list<int32>",
+        "accepted": "list<int32>",
     },
     "features": {
         "epoch": "int32",

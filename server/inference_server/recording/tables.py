@@ -28,6 +28,7 @@ ROWS_PER_GROUP = 65_536
 
 _TYPES: dict[str, pa.DataType] = {
     "int8": pa.int8(),
+    "int16": pa.int16(),
     "int32": pa.int32(),
     "int64": pa.int64(),
     "uint64": pa.uint64(),
@@ -207,6 +208,8 @@ class TablesWriter:
             start=event.start,
             scheduled=event.scheduled,
             kind=event.kind,
+            drafted=event.drafted or [0] * len(event.request),
+            accepted=event.accepted or [0] * len(event.request),
         )
 
     def _add_tokens(self, event: TokensEvent) -> None:
@@ -223,6 +226,7 @@ class TablesWriter:
             sent_ns=event.sent_ns,
             latency_ns=event.latency_ns,
             **dict(zip(PART_COLUMNS, parts, strict=True)),
+            origin=event.origin or [0] * count,
         )
         for place, request in enumerate(event.request):
             story = self._story(request)

@@ -19,11 +19,16 @@ DEVICE = torch.device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
-def engine_for(model: Any, **config: Any) -> Engine:
-    """An engine around a model that is in memory."""
-    located = LocatedModel("model", "memory", Path())
-    loaded = loader.inspect(model.to(DEVICE), located, DEVICE, model.dtype, lambda *_: None)
-    return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded)
+def engine_for(model: Any, draft: Any = None, head: Any = None, **config: Any) -> Engine:
+    """An engine around a model that is in memory, a draft model, and an EAGLE-style head."""
+    loaded, drafting = (
+        loader.inspect(each.to(DEVICE), LocatedModel("model", "memory", Path()), DEVICE, each.dtype, lambda *_: None)
+        if each is not None
+        else None
+        for each in (model, draft)
+    )
+    assert loaded is not None
+    return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded, draft=drafting, head=head)
 
 
 def submit(engine: Engine, handle: int, prompt: Sequence[int], samples: int = 1, **sampling: Any) -> None:

@@ -61,29 +61,42 @@ class SimulatedCache:
                 case SwapDiscard(handle):
                     del self.host[handle]
 
-    def forward(self, plan: StepPlan) -> list[int]:
-        """Compute a step, checking everything that is read; return the sampled tokens."""
+    def forward(self, plan: StepPlan) -> list[list[int]]:
+        """Compute a step, checking everything that is read; return the tokens of each item that samples."""
         self.transfer(plan.transfers)
         if not plan.use_cache:
             for item in plan.items:
                 assert (item.start, item.count) == (0, item.request.num_tokens)
-            return [next_token(item.request.tokens, item.request.seed) for item in plan.items]
+            return [[next_token(item.request.tokens, item.request.seed)] for item in plan.items]
         written: dict[int, int] = {}
         for item in plan.items:
+            text = item.request.tokens[: item.start] + item.tokens()
+            assert len(text) == item.start + item.count
             for position in range(item.start, item.start + item.count):
                 slot = self.slot(item.request, position)
-                digest = text_digest(item.request.tokens[: position + 1])
+                digest = text_digest(text[: position + 1])
                 # The layer writes all keys before it reads any: two requests may not write one slot differently.
                 assert written.setdefault(slot, digest) == digest, "two requests wrote different text to one slot"
                 self.slots[slot] = digest
         sampled = []
         for item in plan.items:
             end = item.start + item.count
-            assert end <= item.request.num_tokens
+            assert end <= item.request.num_tokens + len(item.drafts)
+            text = item.request.tokens[: item.start] + item.tokens()
             for position in range(end):
-                assert self.slots[self.slot(item.request, position)] == text_digest(
-                    item.request.tokens[: position + 1]
-                ), f"request {item.request.handle} reads someone else's key at position {position}"
+                assert self.slots[self.slot(item.request, position)] == text_digest(text[: position + 1]), (
+                    f"request {item.request.handle} reads someone else's key at position {position}"
+                )
             if item.sample:
-                sampled.append(next_token(item.request.tokens, item.request.seed))
+                sampled.append(verified(item.request.tokens, item.request.seed, item.drafts))
         return sampled
+
+
+def verified(tokens: list[int], seed: int, drafts: list[int]) -> list[int]:
+    """What the model says after ``tokens`` where it is asked about ``drafts`` too: those it agrees with, and one."""
+    text = list(tokens)
+    for draft in [*drafts, -1]:
+        text.append(next_token(text, seed))
+        if text[-1] != draft:
+            break
+    return text[len(tokens) :]

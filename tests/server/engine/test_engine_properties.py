@@ -50,6 +50,10 @@ SWITCHES: dict[str, list[Any]] = {
     "max_num_seqs": [1, 3, 8],
     "max_num_batched_tokens": [5, 40, 256],
     "response_cache": [True, False],
+    "speculation": ["off", "ngram", "early_exit", "draft"],
+    "num_speculative_tokens": [1, 3, 8],
+    "early_exit_layers": [1, 2],
+    "adaptive_speculation": [True, False, False],
     "instrumentation": ["full", "steps"],
 }
 LENGTHS = (1, 3, 8, 17, 40)
@@ -62,7 +66,9 @@ def engine() -> Engine:
     if not ENGINES:
         model = build("qwen3")
         for name, kv_bytes in (("alone", 1 << 20), ("shared", 3 * 2 * 2 * 16 * 4 * 16 * 9)):
-            ENGINES[name] = engine_for(model, max_num_seqs=8, kv_bytes=kv_bytes)
+            # The draft model has the same words and says others, unless it agrees by chance.
+            draft = build("qwen3", seed=1) if name == "shared" else None
+            ENGINES[name] = engine_for(model, draft, max_num_seqs=8, kv_bytes=kv_bytes)
     return ENGINES["shared"]
 
 

@@ -186,3 +186,15 @@ def test_a_steps_device_time_is_reported() -> None:
         assert report is not None
         times.append((report.step.device_ns, report.step.end_ns - report.step.begin_ns))
     assert all(device is not None and device > 0 for device, _ in times)
+
+
+def test_speculation_on_the_fast_path_says_the_same() -> None:
+    engine = engine_for(build("llama").to(DEVICE))
+    texts = [text + text for text in prompts(6)]
+    outputs = []
+    for features in ({"speculation": "off"}, {"speculation": "ngram"}, {"speculation": "ngram", "overlap": False}):
+        engine.set_features(0, {"overlap": True, "adaptive_speculation": False, **features})
+        for handle, text in enumerate(texts):
+            submit(engine, handle, text, max_tokens=40, **(GREEDY if handle % 2 else {"temperature": 0.5, "seed": 3}))
+        outputs.append(run(engine))
+    assert outputs[0] == outputs[1] == outputs[2]

@@ -294,6 +294,20 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
     assert relative(got, expected) <= 1e-5
+    # Proposals to verify, beside a single position: logits of them all.
+    a.tokens.append(5)
+    c.tokens.append(8)
+    verify = Scheduled(a, len(a.tokens) - 1, 4, Kind.VERIFY, sample=True)
+    verify.propose([7, 9, 11])
+    items = [Scheduled(c, len(c.tokens) - 1, 1, Kind.DECODE, sample=True), verify]
+    plan = StepPlan(len(steps) + 1, items, use_cache=True)
+    expected = plain.forward(plan, plain.prepare(plan)).clone()
+    got = fast.forward(plan, fast.prepare(plan))
+    assert len(got) == 1 + 4
+    assert relative(got, expected) <= 1e-5
+    assert fast.greedy is not None
+    assert not fast.greedy.final, "the host decides"
+    assert fast.greedy.tolist() == got.argmax(-1).tolist()
 
 
 def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from random import Random
 
 import hypothesis.strategies as st
 import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_cache import VOCABULARY, SimulatedCache, isolated_output
+from simulated_cache import VOCABULARY, SimulatedCache, isolated_output, next_token
 
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduler
 from inference_server.features import Features
 from inference_server.front.kv_state import KvState
-from inference_server.protocol import KvEvents, SamplingParams
+from inference_server.protocol import Kind, KvEvents, SamplingParams
 
 EOS = frozenset({7})
 
@@ -34,6 +35,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expected: dict[int, list[int]] = {}
         self.handles = 0
         self.idle_steps = 0
+        self.most_drafts = 0
+        self.guesses = Random(0)
 
     @rule(
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=12),
@@ -91,6 +94,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def switch(self, name_value: tuple[str, object]) -> None:
         self.features = msgspec.structs.replace(self.features, **dict([name_value]))
 
+    @rule(most=st.integers(0, 5), seed=st.integers(0, 99))
+    def switch_speculation(self, most: int, seed: int) -> None:
+        self.most_drafts = most
+        self.guesses = Random(seed)
+
     @rule()
     def switch_kv_cache(self) -> None:
         self.scheduler.recompute_all()
@@ -124,8 +132,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._step()
 
     def _step(self) -> bool:
-        plan = self.scheduler.schedule(self.features)
+        drafts = self.most_drafts if self.features.kv_cache else 0
+        wish = (lambda _: self.guesses.randint(0, drafts)) if drafts else None
+        plan = self.scheduler.schedule(self.features, wish)
         assert plan.items or not self.live, "requests are waiting, but nothing was scheduled"
+        for item in plan.items:
+            if item.kind == Kind.VERIFY:
+                assert 2 <= item.count <= 1 + drafts
+                item.propose(self._guess(item.request, item.count - self.guesses.randint(0, 1)))
         decodes = sum(item.count for item in plan.items if item.count == 1)
         if plan.use_cache and self.features.chunked_prefill:
             assert plan.num_tokens <= self.features.max_num_batched_tokens
@@ -134,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(seen) == len(set(seen))
         requests = [item.request for item in plan.items if item.sample]
         sampled = self.memory.forward(plan)
-        assert all(0 <= token < VOCABULARY for token in sampled)
+        assert all(0 <= token < VOCABULARY for tokens in sampled for token in tokens)
         reasons = self.scheduler.update(plan, sampled, self.features)
         for request, reason in zip(requests, reasons, strict=True):
             output = request.tokens[request.prompt_len :]
@@ -143,6 +157,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert output == self.expected[request.handle]
                 del self.live[request.handle]
         return bool(plan.items)
+
+    def _guess(self, request: Request, count: int) -> list[int]:
+        """Proposals, of which most are right."""
+        text = list(request.tokens)
+        for _ in range(count):
+            right = self.guesses.random() < 0.7
+            text.append(next_token(text, request.seed) if right else self.guesses.randrange(VOCABULARY))
+        return text[len(request.tokens) :]
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:

@@ -49,6 +49,7 @@ OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0,
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
 OP_ARGMAX = 7  # logits, width, bf16
+OP_CAPTURE = 8  # x (float32), width, place of it in a captured row, width of a captured row
 
 # What the step parameters mean: the integers that :data:`region` is given.
 P_PROGRAM = 0
@@ -85,11 +86,13 @@ P_COS = 19
 P_SIN = 20
 P_GREEDY = 21
 """int64 per kept row: where the argmax goes."""
-NUM_PARAMETERS = 22
+P_CAPTURED = 22
+"""Where captured rows go, float32; address 0: capture none."""
+NUM_PARAMETERS = 23
 
 LANES = 16
 _LOWEST = np.float32(-3.0e38)
-_i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_i8, _i16, _i32, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _float = ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
 
@@ -453,8 +456,14 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
             x, x_stride, w, w_stride, out, out_stride, length, narrow = args
             x_rows = [builder.add(x, builder.mul(x_stride, _i64(i))) for i in range(rows)]
             w_rows = [builder.add(w, builder.mul(w_stride, _i64(j))) for j in range(columns)]
+            ahead = builder.mul(w_stride, _i64(columns))
 
             def step(offset: Any, sums: list[Any]) -> list[Any]:
+                if rows > 1:
+                    # The next tile's weights are on their way while this one's are multiplied: with several rows
+                    # there is enough to do meanwhile, and waiting for memory would come on top of it.
+                    for row in w_rows:
+                        _prefetch(builder, builder.add(builder.add(row, offset), ahead))
                 w_values = [_load(builder, builder.add(row, offset), bf16) for row in w_rows]
                 after = []
                 for i, row in enumerate(x_rows):
@@ -467,18 +476,39 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
 
             end = builder.mul(length, _i64(size))
             sums = _loop(builder, end, width * size, [_splat(0.0)] * (rows * columns), step)
-            results = _reduce(builder, sums)
-            narrowed = _narrow_value(builder, results)
-            with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
-                with to_bf16:
-                    _store(builder, narrowed, rows, columns, out, out_stride, 2)
-                with to_f32:
-                    _store(builder, results, rows, columns, out, out_stride, 4)
+            # As many rows at a time as make a power of two of vectors, 16 at most.
+            for first, count in _power_of_two_parts(rows, LANES // columns):
+                part = sums[first * columns : (first + count) * columns]
+                target = builder.add(out, builder.mul(out_stride, _i64(first)))
+                results = _reduce(builder, part)
+                narrowed = _narrow_value(builder, results)
+                with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
+                    with to_bf16:
+                        _store(builder, narrowed, count, columns, target, out_stride, 2)
+                    with to_f32:
+                        _store(builder, results, count, columns, target, out_stride, 4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
 
     return tile
+
+
+def _power_of_two_parts(total: int, most: int) -> list[tuple[int, int]]:
+    """Cut ``total`` into powers of two of at most ``most``; return where each begins, and its size."""
+    parts, first = [], 0
+    while first < total:
+        size = min(1 << (total - first).bit_length() - 1, most)
+        parts.append((first, size))
+        first += size
+    return parts
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address, which need not be anybody's."""
+    kind = ir.FunctionType(ir.VoidType(), [_i8.as_pointer(), _i32, _i32, _i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, _i8.as_pointer()), _i32(0), _i32(3), _i32(1)])
 
 
 def _load(builder: Any, address: Any, bf16: bool) -> Any:
@@ -564,11 +594,17 @@ _sum_3x4_bf16 = _weighted_sum(3, 4, bf16=True)
 _sum_4x4_bf16 = _weighted_sum(4, 4, bf16=True)
 _tile_1x8_f32 = _tile(1, 8, bf16=False)
 _tile_2x8_f32 = _tile(2, 8, bf16=False)
+_tile_3x4_f32 = _tile(3, 4, bf16=False)
 _tile_4x4_f32 = _tile(4, 4, bf16=False)
+_tile_5x4_f32 = _tile(5, 4, bf16=False)
+_tile_6x4_f32 = _tile(6, 4, bf16=False)
 _tile_1x1_f32 = _tile(1, 1, bf16=False)
 _tile_1x8_bf16 = _tile(1, 8, bf16=True)
 _tile_2x8_bf16 = _tile(2, 8, bf16=True)
+_tile_3x4_bf16 = _tile(3, 4, bf16=True)
 _tile_4x4_bf16 = _tile(4, 4, bf16=True)
+_tile_5x4_bf16 = _tile(5, 4, bf16=True)
+_tile_6x4_bf16 = _tile(6, 4, bf16=True)
 _tile_1x1_bf16 = _tile(1, 1, bf16=True)
 
 
@@ -580,23 +616,38 @@ def _matrix_f32(
     while j + 8 <= n:
         i = 0
         wj, oj = w + j * w_stride, out + j * 4
-        while i + 4 <= m:
-            _tile_4x4_f32(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, 0)
-            _tile_4x4_f32(
-                x + i * x_stride, x_stride, wj + 4 * w_stride, w_stride, oj + 16 + i * out_stride, out_stride, k, 0
-            )
-            i += 4
-        if i + 2 <= m:
-            _tile_2x8_f32(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, 0)
-            i += 2
-        if i < m:
-            _tile_1x8_f32(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, 0)
+        wh, oh = wj + 4 * w_stride, oj + 16
+        # As many rows at once as registers hold: each pass over the weights but the first is time lost.
+        while i < m:
+            xi, to = x + i * x_stride, i * out_stride
+            left = m - i
+            if left == 1:
+                _tile_1x8_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                i += 1
+            elif left == 2:
+                _tile_2x8_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                i += 2
+            elif left == 3:
+                _tile_3x4_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                _tile_3x4_f32(xi, x_stride, wh, w_stride, oh + to, out_stride, k, 0)
+                i += 3
+            elif left == 5:
+                _tile_5x4_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                _tile_5x4_f32(xi, x_stride, wh, w_stride, oh + to, out_stride, k, 0)
+                i += 5
+            elif left == 6:
+                _tile_6x4_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                _tile_6x4_f32(xi, x_stride, wh, w_stride, oh + to, out_stride, k, 0)
+                i += 6
+            else:
+                _tile_4x4_f32(xi, x_stride, wj, w_stride, oj + to, out_stride, k, 0)
+                _tile_4x4_f32(xi, x_stride, wh, w_stride, oh + to, out_stride, k, 0)
+                i += 4
         j += 8
     while j < n:
+        wj, oj = w + j * w_stride, out + j * 4
         for i in range(m):
-            _tile_1x1_f32(
-                x + i * x_stride, x_stride, w + j * w_stride, w_stride, out + j * 4 + i * out_stride, out_stride, k, 0
-            )
+            _tile_1x1_f32(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, 0)
         j += 1
 
 
@@ -609,37 +660,38 @@ def _matrix_bf16(
     while j + 8 <= n:
         i = 0
         wj, oj = w + j * w_stride, out + j * size
-        while i + 4 <= m:
-            _tile_4x4_bf16(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, narrow)
-            _tile_4x4_bf16(
-                x + i * x_stride,
-                x_stride,
-                wj + 4 * w_stride,
-                w_stride,
-                oj + 4 * size + i * out_stride,
-                out_stride,
-                k,
-                narrow,
-            )
-            i += 4
-        if i + 2 <= m:
-            _tile_2x8_bf16(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, narrow)
-            i += 2
-        if i < m:
-            _tile_1x8_bf16(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, narrow)
+        wh, oh = wj + 4 * w_stride, oj + 4 * size
+        # As many rows at once as registers hold: each pass over the weights but the first is time lost.
+        while i < m:
+            xi, to = x + i * x_stride, i * out_stride
+            left = m - i
+            if left == 1:
+                _tile_1x8_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                i += 1
+            elif left == 2:
+                _tile_2x8_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                i += 2
+            elif left == 3:
+                _tile_3x4_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                _tile_3x4_bf16(xi, x_stride, wh, w_stride, oh + to, out_stride, k, narrow)
+                i += 3
+            elif left == 5:
+                _tile_5x4_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                _tile_5x4_bf16(xi, x_stride, wh, w_stride, oh + to, out_stride, k, narrow)
+                i += 5
+            elif left == 6:
+                _tile_6x4_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                _tile_6x4_bf16(xi, x_stride, wh, w_stride, oh + to, out_stride, k, narrow)
+                i += 6
+            else:
+                _tile_4x4_bf16(xi, x_stride, wj, w_stride, oj + to, out_stride, k, narrow)
+                _tile_4x4_bf16(xi, x_stride, wh, w_stride, oh + to, out_stride, k, narrow)
+                i += 4
         j += 8
     while j < n:
+        wj, oj = w + j * w_stride, out + j * size
         for i in range(m):
-            _tile_1x1_bf16(
-                x + i * x_stride,
-                x_stride,
-                w + j * w_stride,
-                w_stride,
-                out + j * size + i * out_stride,
-                out_stride,
-                k,
-                narrow,
-            )
+            _tile_1x1_bf16(x + i * x_stride, x_stride, wj, w_stride, oj + i * out_stride, out_stride, k, narrow)
         j += 1
 
 
@@ -740,6 +792,17 @@ def _norm(thread: int, threads: int, m: int, kept: Any, op: Any) -> None:
             out = carray(_pointer_f32(out_ + place * width * 4), (width,))
             for i in range(width):
                 out[i] = x[i] * scale * weight[i]
+
+
+@njit(cache=True, nogil=True)
+def _capture(thread: int, threads: int, m: int, target_: int, op: Any) -> None:
+    """Keep rows of the residual stream."""
+    x_, width, place, total = op[1], op[2], op[3], op[4]
+    for row in range(thread, m, threads):
+        x = carray(_pointer_f32(x_ + row * width * 4), (width,))
+        target = carray(_pointer_f32(target_ + (row * total + place) * 4), (width,))
+        for i in range(width):
+            target[i] = x[i]
 
 
 @njit(cache=True, nogil=True)
@@ -1073,6 +1136,10 @@ def _run(params: Any) -> None:
             _embed(thread, threads, rows, ids, op)
         elif code == OP_ARGMAX:
             _argmax(thread, threads, num_kept, params, op)
+        elif code == OP_CAPTURE:
+            if params[P_CAPTURED] == 0:
+                continue
+            _capture(thread, threads, rows, params[P_CAPTURED], op)
         _barrier(params, threads)
 
 

@@ -22,8 +22,9 @@ from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
 from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.features import MAX_DRAFTS
 
-LONG_SEGMENT = 16
+LONG_SEGMENT = MAX_DRAFTS + 1
 """A request that computes more positions than this in one step attends through torch, fewer through own kernel."""
 PASS_BYTES = 1 << 24
 """Weights that one pass of a measurement reads, about."""
@@ -102,6 +103,10 @@ class FastRunner:
         self.label = "fast-cpu fp32" if architecture.dtype == torch.float32 else "fast-cpu bf16"
         self.greedy: NDArray[np.int64] | None = None
         """Most likely token of each row of the last logits, computed beside them."""
+        self.capture = False
+        """Keep the hidden states that enter :attr:`capture_layers`."""
+        self.capture_layers: tuple[int, ...] = ()
+        self.features: Tensor | None = None
         self.kernel_ns = 0
         """Time that the last step spent in kernels and in calling them; the rest of the step is the host's."""
         self._bf16 = int(architecture.dtype == torch.bfloat16)
@@ -114,6 +119,7 @@ class FastRunner:
         self._region = int(kernels.region.address or 0)
         self._rows = self._kept = 0
         self._partials = torch.zeros(0)
+        self._captured = torch.zeros(0)
         self._tables: dict[int, _Table] = {}
         self._last_step = -1
         self._greedy_buffer: NDArray[np.int64] = np.zeros(0, dtype=INT)
@@ -129,6 +135,22 @@ class FastRunner:
         p[kernels.P_COS] = architecture.cos.data_ptr()
         p[kernels.P_SIN] = architecture.sin.data_ptr()
         self._reserve(32, 32)
+
+    def like(self, architecture: Architecture) -> FastRunner:
+        """A runner of another model over the same cache and threads, with what was measured for this one.
+
+        Its linear layers must have shapes that this one's have, such as those of some of its layers.
+        """
+        other = FastRunner(architecture, self.tensors, self.team.threads)
+        other._choices = self._choices
+        return other
+
+    def capture_at(self, layers: tuple[int, ...]) -> None:
+        """Be able to keep the hidden states that enter some layers."""
+        self.capture_layers = layers
+        self._captured = torch.zeros(0)
+        self._bound.clear()
+        self._build()
 
     # -- kernels by measurement ----------------------------------------------------------------------------------------
 
@@ -176,7 +198,7 @@ class FastRunner:
     def prepare(self, plan: StepPlan) -> PackedStep:
         """Pack a plan. Work per request and step does not grow with the length of its context."""
         size = self.tensors.block_size
-        if plan.transfers or plan.step != self._last_step + 1:
+        if plan.moves_blocks or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while the other path ran.
             self._tables.clear()
         self._last_step = plan.step
@@ -191,8 +213,7 @@ class FastRunner:
         for item in plan.items:
             offset, start, request = len(ids), item.start, item.request
             end = start + item.count
-            if item.sample:
-                kept.append(offset + item.count - 1)
+            kept += range(offset + item.count - item.num_sampled, offset + item.count)
             if not plan.use_cache:
                 ids += request.tokens[start:end]
                 positions += range(start, end)
@@ -203,7 +224,7 @@ class FastRunner:
                 positions.append(start)
                 slots.append(request.blocks[start // size] * size + start % size)
             else:
-                ids += request.tokens[start:end]
+                ids += item.tokens()
                 positions += range(start, end)
                 blocks = request.blocks
                 slots += [blocks[position // size] * size + position % size for position in range(start, end)]
@@ -258,6 +279,13 @@ class FastRunner:
         p[kernels.P_MAX_SPLITS] = packed.max_splits
         if packed.max_splits > 1:
             self._reserve_partials(packed)
+        self.features = None
+        if self.capture and self.capture_layers:
+            width = len(self.capture_layers) * self.architecture.hidden
+            if len(self._captured) < packed.rows:
+                self._captured = torch.empty(2 * packed.rows, width)
+            self.features = self._captured[: packed.rows]
+        p[kernels.P_CAPTURED] = 0 if self.features is None else self._captured.data_ptr()
         parts, logits = self._bind(packed.rows, packed.num_kept, bool(packed.segments))
         begin = time.perf_counter_ns()
         for part in parts:
@@ -344,6 +372,9 @@ class FastRunner:
             keys, values = self.tensors.keys[index].data_ptr(), self.tensors.values[index].data_ptr()
             heads = [a.heads, a.kv_heads, a.head_dim]
             norm(self._delta if index else None, layer.input_norm)
+            if index in self.capture_layers:
+                place, total = self.capture_layers.index(index) * a.hidden, len(self.capture_layers) * a.hidden
+                program.append([kernels.OP_CAPTURE, self._residual.data_ptr(), a.hidden, place, total])
             linear(self._normed, layer.qkv, self._qkv)
             extras = [_pointer(layer.qkv_bias), _pointer(layer.q_norm), _pointer(layer.k_norm), eps]
             qkv, attended = self._qkv.data_ptr(), self._attended.data_ptr()

@@ -216,7 +216,7 @@ class GpuRunner:
         size = self.tensors.block_size
         if size != self._block_size:
             self._reset_tables()
-        if plan.transfers or plan.step != self._last_step + 1:
+        if plan.moves_blocks or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while another path ran.
             for seat in self._seats.values():
                 seat.filled = 0
@@ -247,21 +247,22 @@ class GpuRunner:
             lone = set(single[:singles])
             ids, positions = [], []
             columns_seats: list[int] = []
-            last = [0] * len(items)
+            ends = [0] * len(items)
             per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
             for index in (*single[:singles], *(index for index in range(len(items)) if index not in lone)):
                 item, place = items[index], seats[index]
                 offset, start, count = len(ids), item.start, item.count
-                tokens = item.request.tokens[start : start + count]
+                tokens = item.tokens()
                 ids += tokens if len(tokens) == count else [*tokens, -1]
                 positions += range(start, start + count)
                 columns_seats += [place] * count
-                last[index] = offset + count - 1
+                ends[index] = offset + count
                 if index not in lone:
                     for begin in range(0, count, per_tile):
                         tiles += (place, offset + begin, start + begin, min(per_tile, count - begin))
-            kept = [last[index] for index, item in enumerate(items) if item.sample]
-            kept_seats = [seats[index] for index, item in enumerate(items) if item.sample]
+            sampled = [(end - item.num_sampled, end) for item, end in zip(items, ends, strict=True)]
+            kept = [row for first, end in sampled for row in range(first, end)]
+            kept_seats = [seat for seat, item in zip(seats, items, strict=True) for _ in range(item.num_sampled)]
             order = sorted(range(singles), key=lambda row: -positions[row])
             rows = len(ids)
             columns = [ids, positions, columns_seats, kept, kept_seats, tiles, order]
@@ -322,7 +323,8 @@ class GpuRunner:
             seats = inputs[offset : offset + count]
             self.label = self._name
         # A step whose requests all can be is done with here: the next one may start before the host knows its tokens.
-        final = not any(map(sampler.depends_on_its_output, requests))
+        # What becomes of proposals is decided by the host.
+        final = not plan.num_drafts and not any(map(sampler.depends_on_its_output, requests))
         alternatives = None
         if final and requests:
             self._sampler.choose(logits, requests, tokens, seats, self._last)

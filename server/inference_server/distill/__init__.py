@@ -1,0 +1,1 @@
+"""Trains what proposes tokens for a model, on text that the model writes itself."""

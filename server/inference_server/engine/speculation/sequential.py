@@ -1,0 +1,248 @@
+"""Proposes tokens one after another with a model: the first layers of the one that is served, or a smaller one.
+
+Both give the same runners the same kind of plans that the engine gives; what differs is whose keys and values they use.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.kv_cache import KVCache
+from inference_server.engine.llama import UnsupportedError
+from inference_server.engine.request import Request
+from inference_server.engine.runner import Runner
+from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.features import Features
+from inference_server.protocol import Kind, SamplingParams
+
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+class Passes:
+    """Runs forward passes of a proposing model, which number themselves apart from the engine's steps.
+
+    Parameters
+    ----------
+    runner : Runner
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._number = 0
+
+    def start_afresh(self) -> None:
+        """Block tables may have changed in the middle since the last pass."""
+        self._number += 1  # a gap in the numbers is what tells a runner so
+
+    def run(self, items: list[Scheduled]) -> list[int]:
+        """Compute some items; return the likeliest token of each that samples."""
+        self._number += 1
+        plan = StepPlan(self._number, items, use_cache=True)
+        logits = self._runner.forward(plan, self._runner.prepare(plan))
+        greedy = self._runner.greedy
+        tokens: list[int] = (logits.argmax(-1) if greedy is None else greedy).tolist()
+        return tokens
+
+
+class EarlyExitProposer:
+    """The first layers of the model, its final norm and its head (Elhoushi et al. 2024, *LayerSkip*, without training).
+
+    They write their part of the keys and values of proposed positions into the model's own cache, where verifying
+    writes the same again. So nothing is to be caught up with when it is switched on.
+
+    Parameters
+    ----------
+    tensors : PagedKVTensors
+        The model's cache.
+    runner_of : callable
+        Makes a runner of so many first layers.
+    """
+
+    def __init__(self, tensors: PagedKVTensors, runner_of: Callable[[int], Runner]) -> None:
+        self._tensors = tensors
+        self._runner_of = runner_of
+        self._passes: Passes | None = None
+        self._layers = 0
+        self._last_step = 0
+
+    def wish(self, request: Request, most: int) -> int:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        del request
+        return most
+
+    def propose(self, plan: StepPlan, items: list[Scheduled], features: Features) -> list[list[int]]:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        if self._passes is None or self._layers != features.early_exit_layers:
+            self._layers = features.early_exit_layers
+            self._passes = Passes(self._runner_of(self._layers))
+        passes = self._passes
+        self._tensors.transfer(plan.transfers)
+        if plan.moves_blocks or plan.step != self._last_step + 1:
+            passes.start_afresh()
+        self._last_step = plan.step
+        known = [len(item.request.tokens) for item in items]
+        try:
+            for place in range(max(item.count for item in items) - 1):
+                going = [item for item in items if place < item.count - 1]
+                shares = [Scheduled(item.request, item.start + place, 1, Kind.DRAFT, sample=True) for item in going]
+                for item, token in zip(going, passes.run(shares), strict=True):
+                    item.request.tokens.append(token)
+            return [item.request.tokens[length:] for item, length in zip(items, known, strict=True)]
+        finally:
+            for item, length in zip(items, known, strict=True):
+                del item.request.tokens[length:]
+
+    def forget(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        if self._passes is not None:
+            self._passes.start_afresh()
+
+
+def first_layers(model: nn.Module, count: int) -> nn.Module:
+    """A model of the first ``count`` layers of another and its final norm and head; it shares their weights.
+
+    Raises
+    ------
+    UnsupportedError
+        If the layers are not where transformers' decoders have them.
+    """
+    outer: Any = model
+    inner: Any = getattr(outer, outer.base_model_prefix, None)
+    if not isinstance(getattr(inner, "layers", None), nn.ModuleList):
+        raise UnsupportedError(f"the layers of {type(model).__name__} are not where they could be cut off")
+    body = _with(inner, "layers", inner.layers[:count])
+    body.config = copy.copy(inner.config)
+    body.config.num_hidden_layers = count
+    short: nn.Module = _with(outer, outer.base_model_prefix, body)
+    return short
+
+
+def _with(module: nn.Module, name: str, child: nn.Module) -> Any:
+    """A module like another, of the same weights, but for one child."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, name: child}  # noqa: SLF001 - torch copies modules with their weights only
+    return other
+
+
+class _Shadow:
+    """A request as the draft model knows it: the same text, but for what it proposed itself last time."""
+
+    __slots__ = ("agreed", "of", "own")
+
+    def __init__(self, of: Request) -> None:
+        self.of = of
+        self.own = Request(
+            handle=of.handle, prompt_len=of.prompt_len, tokens=[], sampling=GREEDY, seed=0, arrival=of.arrival
+        )
+        self.agreed = 0
+        """Tokens taken over from the request."""
+
+    def follow(self) -> None:
+        """Take over what the request has said since, keeping keys and values of proposals that it said too."""
+        own, tokens = self.own, self.of.tokens
+        place = self.agreed
+        while place < len(tokens) and place < len(own.tokens) and own.tokens[place] == tokens[place]:
+            place += 1
+        own.num_computed = min(own.num_computed, place)
+        own.tokens[place:] = tokens[place:]
+        self.agreed = len(tokens)
+
+
+class DraftModelProposer:
+    """A smaller model with the same vocabulary and a KV cache of its own.
+
+    A request that it has not followed, because it was switched on in the middle or memory was short, is caught up with
+    first: its whole text is computed, in pieces of at most the token budget, and until then nothing is proposed.
+
+    Parameters
+    ----------
+    runner : Runner
+    cache : KVCache
+        Of the draft model.
+    max_model_len : int
+        The longest text that it can read.
+    vocab_size : int
+        Of the model that is served; no token beyond it is proposed.
+    """
+
+    def __init__(self, runner: Runner, cache: KVCache, max_model_len: int, vocab_size: int) -> None:
+        self._passes = Passes(runner)
+        self._cache = cache
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._shadows: dict[int, _Shadow] = {}
+
+    def wish(self, request: Request, most: int) -> int:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        return max(min(most, self._max_model_len - len(request.tokens)), 0)
+
+    def propose(self, plan: StepPlan, items: list[Scheduled], features: Features) -> list[list[int]]:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        del plan
+        self._forget_ended()
+        budget = features.max_num_batched_tokens
+        shares: list[Scheduled] = []
+        going: list[tuple[Request, Scheduled]] = []
+        used = {item.request.handle for item in items}
+        for item in items:
+            own = self._shadow(item.request).own
+            count = min(len(own.tokens) - own.num_computed, budget)
+            if count <= 0 or not self._extend(own, len(own.tokens) + item.count - 1, used):
+                continue
+            budget -= count
+            done = own.num_computed + count == len(own.tokens)
+            shares.append(Scheduled(own, own.num_computed, count, Kind.DRAFT, sample=done))
+            if done:
+                going.append((own, item))
+        pass_number = 0
+        while shares:
+            tokens = self._passes.run(shares)
+            for share in shares:
+                share.request.num_computed = share.end
+            for (own, _), token in zip(going, tokens, strict=True):
+                own.tokens.append(token)
+            pass_number += 1
+            going = [
+                (own, item) for own, item in going if pass_number < item.count - 1 and own.tokens[-1] < self._vocab_size
+            ]
+            shares = [Scheduled(own, own.num_computed, 1, Kind.DRAFT, sample=True) for own, _ in going]
+        return [self._proposed(item) for item in items]
+
+    def forget(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
+        for shadow in self._shadows.values():
+            self._cache.free(shadow.own)
+        self._shadows.clear()
+        self._passes.start_afresh()
+
+    def _proposed(self, item: Scheduled) -> list[int]:
+        shadow = self._shadows[item.request.handle]
+        proposed = shadow.own.tokens[shadow.agreed :]
+        return proposed[:-1] if proposed and proposed[-1] >= self._vocab_size else proposed
+
+    def _shadow(self, request: Request) -> _Shadow:
+        shadow = self._shadows.get(request.handle)
+        if shadow is None or shadow.of is not request:
+            shadow = self._shadows[request.handle] = _Shadow(request)
+        shadow.follow()
+        return shadow
+
+    def _extend(self, own: Request, end: int, used: set[int]) -> bool:
+        """Provide blocks, taking them from requests that are not in this step; ``False`` where that is not enough."""
+        while not self._cache.extend(own, end):
+            victim = next(
+                (each for handle, each in self._shadows.items() if handle not in used and each.own.blocks), None
+            )
+            if victim is None:
+                return False
+            self._cache.free(victim.own)
+        return True
+
+    def _forget_ended(self) -> None:
+        for handle in [handle for handle, each in self._shadows.items() if each.of.finish_reason is not None]:
+            self._cache.free(self._shadows.pop(handle).own)
