@@ -40,6 +40,9 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     overlap: bool = True
     compiled: bool = False
+    weight_precision: str = "master"
+    int4_group: str = "32"
+    int4_grid: str = "minimum"
     instrumentation: str = "full"
 
     def as_dict(self) -> dict[str, FeatureValue]:
@@ -216,6 +219,46 @@ SPECS: tuple[FeatureSpec, ...] = (
         ),
     ),
     FeatureSpec(
+        name="weight_precision",
+        title="Weight precision",
+        group="Compute",
+        kind="choice",
+        choices=("master", "int8", "int4"),
+        default="master",
+        cost="prebuilt",
+        description=(
+            "Which copy of the weights a step reads. master: as they were loaded. int8: one scale per output channel. "
+            "int4: one scale per group of weights, the output layer in 8 bits. A copy is packed beside the master when "
+            "it is first asked for, while the model serves on; the switch is done when it is ready."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_group",
+        title="int4: group",
+        group="Compute",
+        kind="choice",
+        choices=("32", "64", "128"),
+        default="32",
+        cost="prebuilt",
+        description=(
+            "How many 4-bit weights share a scale. Larger groups take less memory and lose more. Where a group does "
+            "not divide a layer's width, the layer has the next smaller one that does."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_grid",
+        title="int4: grid",
+        group="Compute",
+        kind="choice",
+        choices=("minimum", "zero-point", "symmetric"),
+        default="minimum",
+        cost="prebuilt",
+        description=(
+            "Where the 16 values of a 4-bit group lie. minimum: from its smallest weight up, the grid of GGUF's Q4_1. "
+            "zero-point: moved by whole steps, zero is one of them. symmetric: around zero, nothing but a scale."
+        ),
+    ),
+    FeatureSpec(
         name="overlap",
         title="Overlap",
         group="Compute",
@@ -301,6 +344,13 @@ CONFLICTS = (
     Conflict(
         {"kv_layout": "contiguous", "prefix_cache_read": True},
         "a shared prefix lies in blocks of another request, and a contiguous reservation has to be in one piece",
+    ),
+    *(
+        Conflict(
+            {"compiled": True, "weight_precision": precision},
+            "torch.compile compiles the model's own modules, which multiply with the master weights",
+        )
+        for precision in ("int8", "int4")
     ),
 )
 

@@ -186,6 +186,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_bytes: int | None = None
     """Memory for the KV cache; ``None`` sizes it from what is free."""
+    packed_bytes: int | None = None
+    """Memory for packed copies of the weights; ``None`` takes a quarter of what is free at the start."""
     max_num_seqs: int = 256
     max_model_len: int | None = None
     threads: int | None = None

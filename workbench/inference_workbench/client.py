@@ -460,17 +460,17 @@ class Workbench:
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, path: str, json: Any = None) -> Any:
+    def _call(self, method: str, path: str, json: Any = None, *, timeout: float = 30.0) -> Any:
         """One exchange, decoded; a server that is gone is brought back once where that is possible."""
         client = self._http
         try:
-            return checked(client.request(method, path, json=json))
+            return checked(client.request(method, path, json=json, timeout=timeout))
         except httpx.TimeoutException as error:
             raise gone(self._endpoint, error) from error
         except httpx.TransportError:  # refused, or a kept connection turns out to be dead
             self._revive(client)
         try:
-            return checked(self._http.request(method, path, json=json))
+            return checked(self._http.request(method, path, json=json, timeout=timeout))
         except httpx.TransportError as error:
             raise gone(self._endpoint, error) from error
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from inference_server import features as feature_rules
 from inference_server.engine import compiled, loader, sampler
 from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.block_pool import ROOT_HASH
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes, is_out_of_memory
+from inference_server.engine.quantization.variants import Variant, WeightFormat, WeightVariants, format_of
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner
@@ -35,6 +37,7 @@ from inference_server.models import locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
     Capacity,
+    CommandFailed,
     EngineConfig,
     FeaturesApplied,
     FeatureSpec,
@@ -49,6 +52,7 @@ from inference_server.protocol import (
     SampledTokens,
     StepEvent,
     StepReport,
+    StepWork,
     Submit,
     TaskProgress,
 )
@@ -59,12 +63,21 @@ if TYPE_CHECKING:  # importing it compiles the kernels
 
 MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
+WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid")
 REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
 """Features that a request may set for itself."""
 STEPS_UNTIL_LARGER = 64
 """After memory ran out, steps of half the size are tried again after so many without trouble."""
 CPU_KV_BYTES = 1 << 30
 """KV memory on a CPU unless told otherwise: 23,000 positions of the default model in float32."""
+
+
+PACKED_SHARE = 4
+"""Packed weights may take one part in so many of the memory that is free at the start, unless told otherwise."""
+ON_CPU_ONLY = "Packed weights are for models on the CPU so far; on a GPU the model runs with its master weights."
+
+
+News = Notice | RequestFailed | TaskProgress | FeaturesApplied | FeaturesSettled | CommandFailed
 
 
 class RequestError(ValueError):
@@ -77,6 +90,14 @@ class _Settling:
 
     epoch: int
     requests: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Deferred:
+    """A switch that waits for weights to be packed."""
+
+    correlation: int
+    values: dict[str, bool | int | str]
 
 
 @dataclass(slots=True)
@@ -150,6 +171,14 @@ class _Phases:
 
 
 @runtime_checkable
+class WeightReader(Protocol):
+    """A fast path that can read packed weights."""
+
+    def use(self, variant: Variant | None) -> None:
+        """Read a variant from the next step on, or with ``None`` the master."""
+
+
+@runtime_checkable
 class Waitable(Protocol):
     """Tokens of a GPU's step."""
 
@@ -197,6 +226,8 @@ class Engine:
         no_compiler = compiled.unavailable_reason(loaded.device)
         if no_compiler is not None:
             unavailable["compiled"] = no_compiler
+        if loaded.device.type != "cpu":
+            unavailable |= dict.fromkeys(WEIGHT_FEATURES, ON_CPU_ONLY)
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
@@ -211,6 +242,15 @@ class Engine:
         self._specs = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
+        budget = config.packed_bytes
+        self.weights = WeightVariants(
+            loaded.model,
+            None if self.fast is None else self.fast.architecture,
+            available_host_bytes() // PACKED_SHARE if budget is None else budget,
+            self._progress.put,
+        )
+        """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
         tensors.block_size = self.features.block_size
@@ -220,7 +260,7 @@ class Engine:
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
-        self.work = step_work(loaded)
+        self.work: StepWork | None = None
         """What a step has to read and compute with the weights in use."""
         self.telemetry_ns = 0
         """What building telemetry has cost the engine's thread."""
@@ -233,8 +273,9 @@ class Engine:
         self.asleep = False
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
-        self._news: list[Notice | RequestFailed] = []
-        self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
+        self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
+        self._deferred: _Deferred | None = None
+        self._start_weights()
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
 
@@ -269,6 +310,8 @@ class Engine:
         host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
+        if self.weights.in_use is not None:
+            cache.root = self.weights.in_use.label.encode()
         cache.pool.events = [] if features.instrumentation == "full" else None
         return cache
 
@@ -451,13 +494,22 @@ class Engine:
             return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
 
-    def take_news(self) -> list[Notice | RequestFailed | TaskProgress]:
-        """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
-        news: list[Notice | RequestFailed | TaskProgress] = [*self._news]
+    def take_news(self) -> list[News]:
+        """Return what happened since the last call beside tokens.
+
+        That is memory that ran out, requests ended by it, how far tasks are, and switches that waited for weights.
+        """
+        self._take_up_deferred()
+        news: list[News] = [*self._news]
         self._news.clear()
         while not self._progress.empty():
             news.append(self._progress.get())
         return news
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Whether a switch waits until weights are packed; :meth:`take_news` then completes it."""
+        return self._deferred is not None
 
     # -- sleep ---------------------------------------------------------------------------------------------------------
 
@@ -475,6 +527,8 @@ class Engine:
             raise SleepError("The engine is asleep already; wake it to use it.")
         if self._compilation is not None and self._compilation.running:
             raise SleepError("The model is being compiled, which needs its weights; let the engine sleep after that.")
+        if self.weights.packing:
+            raise SleepError("Weights are being packed; let the engine sleep after that.")
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
@@ -508,6 +562,9 @@ class Engine:
     ) -> list[FeaturesApplied | FeaturesSettled]:
         """Apply a switch between two steps.
 
+        A switch to weights that are not packed yet waits for them: nothing is returned, the engine serves on as it is,
+        and :meth:`take_news` has the answer once the weights are ready. A later switch of the weights takes its place.
+
         Raises
         ------
         FeatureError
@@ -516,12 +573,21 @@ class Engine:
         begin = time.monotonic_ns()
         after = feature_rules.apply(self.features, values, self._specs)
         names = feature_rules.changed(self.features, after)
+        if not values.keys().isdisjoint(WEIGHT_FEATURES):
+            self._supersede()
+        if not self.weights.ready(format_of(after)):
+            wanted = format_of(after)
+            assert wanted is not None, "the master is always ready"
+            self.weights.prepare(wanted)
+            self._deferred = _Deferred(correlation, values)
+            return []
         interrupted: set[int] = set()
         lost = 0
         if not self._recompute_features.isdisjoint(names):
             self._land()
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
+        self._change_weights(after)
         self.features = after
         self._compile_where_asked()
         if "instrumentation" in names:
@@ -539,12 +605,58 @@ class Engine:
             recompute_tokens=lost,
         )
         if applied.cost != "free":  # other weights, or another cache, may be in use now
-            self.work = step_work(self.loaded)
+            self.work = step_work(self.loaded, self.weights.in_use)
             applied = msgspec.structs.replace(applied, work=self.work)
         if interrupted:
             self._settling.append(_Settling(self.epoch, interrupted))
             return [applied]
         return [applied, FeaturesSettled(self.epoch, applied.applied_at_ns)]
+
+    def _start_weights(self) -> None:
+        """Read the weights that the first settings ask for."""
+        wanted = format_of(self.features)
+        if wanted is not None:
+            self.weights.build(wanted, lambda _: None)
+            self._read(wanted)
+        self.work = step_work(self.loaded, self.weights.in_use)
+
+    def _change_weights(self, after: Features) -> None:
+        before, wanted = format_of(self.features), format_of(after)
+        if before == wanted:
+            return
+        self._land()
+        self._read(wanted)
+        # What was answered, or is being answered, came from other weights.
+        self._responses.clear()
+        for request in self.requests.values():
+            request.response_key = None
+
+    def _read(self, wanted: WeightFormat | None) -> None:
+        variant = self.weights.use(wanted)
+        if isinstance(self.fast, WeightReader):
+            self.fast.use(variant)
+        self.scheduler.change_weights(ROOT_HASH if variant is None else variant.label.encode())
+
+    def _supersede(self) -> None:
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            self.weights.cancel()
+            self._news.append(CommandFailed(deferred.correlation, "A later switch of the weights took its place."))
+
+    def _take_up_deferred(self) -> None:
+        """Complete a switch whose weights are packed by now."""
+        deferred = self._deferred
+        if deferred is None or self.weights.packing:
+            return
+        self._deferred = None
+        error = self.weights.take_error()
+        if error is not None:
+            self._news.append(CommandFailed(deferred.correlation, error))
+            return
+        try:
+            self._news += self.set_features(deferred.correlation, deferred.values)
+        except FeatureError as refusal:
+            self._news.append(CommandFailed(deferred.correlation, str(refusal)))
 
     def _restart_cache(self, after: Features) -> int:
         """Go on with an empty cache laid out for ``after``; return how many positions have to be computed again."""
@@ -655,12 +767,18 @@ class Engine:
             features=features,
             epoch=self.epoch,
             fast=runner is self.fast,
-            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
+            path=self._path(runner, plan),
             logits=logits,
             greedy=runner.greedy,
             sampling=[item.request for item in plan.items if item.sample],
             kv_events=events,
         )
+
+    def _path(self, runner: Runner, plan: StepPlan) -> str:
+        """What step records call the code and the weights that a step ran with."""
+        variant = self.weights.in_use
+        words = runner.label if variant is None else f"{runner.label} {variant.label}"
+        return words if plan.use_cache else f"{words}, no KV cache"
 
     def _shrink(self, plan: StepPlan, features: Features, error: Exception) -> None:
         """Memory ran out while a step was launched: see that the next attempt needs less.

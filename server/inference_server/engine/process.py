@@ -232,7 +232,7 @@ class EngineProcess:
         if wait:
             try:
                 # Between two slices of a measurement it only looks.
-                patience = 0.01 if self._may_calibrate() else IDLE_CHECK_SECONDS
+                patience = 0.01 if self._may_calibrate() or self._waits_for_weights() else IDLE_CHECK_SECONDS
                 commands.append(self._commands.get(timeout=patience))
             except queue.Empty:
                 return commands
@@ -241,6 +241,9 @@ class EngineProcess:
                 commands.append(self._commands.get_nowait())
             except queue.Empty:
                 return commands
+
+    def _waits_for_weights(self) -> bool:
+        return self._engine is not None and self._engine.waits_for_weights
 
     def _calibrate(self, engine: Engine) -> None:
         """Measure the machine's ceilings when there is nothing else to do."""

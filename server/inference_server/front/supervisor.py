@@ -71,6 +71,8 @@ _PINGS_AT_START = 8
 _PING_GAP_S = 0.02
 _PING_EVERY_S = 10.0
 _COMMAND_TIMEOUT_S = 120.0
+_SWITCH_TIMEOUT_S = 900.0
+"""A switch may have to wait until the weights of a large model are packed."""
 _PROGRESS_EVERY_NS = 50_000_000
 
 
@@ -291,7 +293,7 @@ class EngineSupervisor:
         ApiError
             422 if the engine refused the values, 503 or 504 if it did not answer.
         """
-        answer = await self._ask(lambda correlation: SetFeatures(correlation, values))
+        answer = await self._ask(lambda correlation: SetFeatures(correlation, values), _SWITCH_TIMEOUT_S)
         if not isinstance(answer, FeaturesApplied):
             raise ApiError(500, "The engine answered something else than a switch.")
         return answer
@@ -322,7 +324,9 @@ class EngineSupervisor:
         """
         await self._ask(lambda correlation: MeasureCeilings(correlation, again=True))
 
-    async def _ask(self, command: Callable[[int], ToEngine]) -> FeaturesApplied | CommandDone:
+    async def _ask(
+        self, command: Callable[[int], ToEngine], patience_s: float = _COMMAND_TIMEOUT_S
+    ) -> FeaturesApplied | CommandDone:
         if self.ready is None:
             raise ApiError(503, f"The engine is {self.event.state}. {self.event.message}".strip(), code="engine_down")
         correlation = next(self._correlations)
@@ -331,10 +335,10 @@ class EngineSupervisor:
         self._requested_ns[correlation] = time.monotonic_ns()
         self.send(command(correlation))
         try:
-            return await asyncio.wait_for(future, _COMMAND_TIMEOUT_S)
+            return await asyncio.wait_for(future, patience_s)
         except TimeoutError:
             raise ApiError(
-                504, f"The engine did not answer within {_COMMAND_TIMEOUT_S:.0f} s; it may still do what was asked."
+                504, f"The engine did not answer within {patience_s:.0f} s; it may still do what was asked."
             ) from None
         finally:
             self._answers.pop(correlation, None)

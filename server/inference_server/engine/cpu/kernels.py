@@ -33,6 +33,12 @@ TILE_N = 8
 """Rows of a weight matrix that one step of the matrix kernel covers."""
 ROW_BLOCK = 64
 """Activations that are multiplied with all of a thread's weights before the next ones."""
+PACK_BLOCK = 32
+"""Neighbouring weights of a row that a packed matrix keeps together."""
+REGISTER_ROWS = 4
+"""Rows up to which packed weights are expanded in registers for each of them; for more, once into the cache."""
+GRID_SYMMETRIC, GRID_ZERO_POINT, GRID_MINIMUM = 0, 1, 2
+"""What a packed 4-bit group says beside its scale: nothing (zero is at 8), an integer zero, or the least value."""
 OP_WIDTH = 16
 """Integers in one row of a program."""
 
@@ -49,6 +55,7 @@ OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0,
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
 OP_ARGMAX = 7  # logits, width, bf16
+OP_PACKED = 8  # x, packed weight, out, in features, out features, bf16, bf16 out, kept rows only, bits, group, grid
 
 # What the step parameters mean: the integers that :data:`region` is given.
 P_PROGRAM = 0
@@ -89,7 +96,7 @@ NUM_PARAMETERS = 22
 
 LANES = 16
 _LOWEST = np.float32(-3.0e38)
-_i16, _i32, _i64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_i8, _i16, _i32, _i64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _float = ir.FloatType()
 _vector = ir.VectorType(_float, LANES)
 
@@ -467,18 +474,23 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
 
             end = builder.mul(length, _i64(size))
             sums = _loop(builder, end, width * size, [_splat(0.0)] * (rows * columns), step)
-            results = _reduce(builder, sums)
-            narrowed = _narrow_value(builder, results)
-            with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
-                with to_bf16:
-                    _store(builder, narrowed, rows, columns, out, out_stride, 2)
-                with to_f32:
-                    _store(builder, results, rows, columns, out, out_stride, 4)
+            _store_tile(builder, sums, rows, columns, out, out_stride, narrow)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
 
     return tile
+
+
+def _store_tile(builder: Any, sums: list[Any], rows: int, columns: int, out: Any, out_stride: Any, narrow: Any) -> None:
+    """Add up the lanes and write the results, as bfloat16 where ``narrow`` is not zero."""
+    results = _reduce(builder, sums)
+    narrowed = _narrow_value(builder, results)
+    with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
+        with to_bf16:
+            _store(builder, narrowed, rows, columns, out, out_stride, 2)
+        with to_f32:
+            _store(builder, results, rows, columns, out, out_stride, 4)
 
 
 def _load(builder: Any, address: Any, bf16: bool) -> Any:
@@ -554,6 +566,193 @@ def _store(builder: Any, results: Any, rows: int, columns: int, out: Any, stride
         builder.store(part, builder.inttoptr(address, part.type.as_pointer()), align=size)
 
 
+# -- packed weights ----------------------------------------------------------------------------------------------------
+#
+# A packed matrix is a list of tiles, each of 8 rows. A tile is a list of groups along the rows; a group has the scales
+# of the 8 rows (float32 for 8 bits, float16 for 4), with 4 bits their zeros or minima unless the grid is symmetric, and
+# then its blocks: for each row 32 weights, in 4 bits the first 16 in the low halves of 16 bytes and the others in the
+# high halves. So a thread reads its weights as one stream. ``inference_server.engine.quantization.packing`` writes it.
+
+
+class _Packed:
+    """Emits the reading of a packed tile: ``scale * q + offset`` in float32, or that rounded to bfloat16."""
+
+    def __init__(self, builder: Any, bits: int, bf16: bool, columns: int, first: Any, kind: Any) -> None:
+        self.builder, self.bits, self.bf16, self.columns, self.kind = builder, bits, bf16, columns, kind
+        size = 4 if bits == 8 else 2
+        self.scales_at = builder.mul(first, _i64(size))
+        self.data_at = builder.mul(first, _i64(PACK_BLOCK * bits // 8))
+        self.block_bytes = TILE_N * PACK_BLOCK * bits // 8
+        symmetric = builder.icmp_signed("==", kind, _i64(GRID_SYMMETRIC))
+        self.header = _i64(TILE_N * size) if bits == 8 else builder.select(symmetric, _i64(16), _i64(32))
+
+    def parameters(self, group: Any) -> tuple[list[Any], list[Any]]:
+        """Scale and offset of each column, broadcast; no offsets in 8 bits."""
+        builder = self.builder
+        scales = self._numbers(builder.add(group, self.scales_at))
+        if self.bits == 8:
+            return [self._spread(scales, j) for j in range(self.columns)], []
+        # In a symmetric group these are the first weights; they are read and not used.
+        second = self._numbers(builder.add(group, builder.add(self.scales_at, _i64(2 * TILE_N))))
+        eight = ir.Constant(second.type, [8.0] * TILE_N)
+        zero = builder.select(builder.icmp_signed("==", self.kind, _i64(GRID_SYMMETRIC)), eight, second)
+        below = builder.fneg(builder.fmul(zero, scales))
+        offsets = builder.select(builder.icmp_signed("==", self.kind, _i64(GRID_MINIMUM)), second, below)
+        columns = range(self.columns)
+        return [self._spread(scales, j) for j in columns], [self._spread(offsets, j) for j in columns]
+
+    def weights(self, block: Any, column: int, scale: Any, offset: Any) -> Any:
+        """32 weights of a row, as the tiles of whole weights have them."""
+        builder = self.builder
+        address = builder.add(builder.add(block, self.data_at), _i64(column * PACK_BLOCK * self.bits // 8))
+        bytes16, wide = ir.VectorType(_i8, LANES), ir.VectorType(_i32, LANES)
+        if self.bits == 8:
+            halves = [
+                builder.sext(
+                    builder.load(builder.inttoptr(builder.add(address, _i64(at)), bytes16.as_pointer()), align=1), wide
+                )
+                for at in (0, LANES)
+            ]
+            values = [builder.fmul(builder.sitofp(each, _vector), scale) for each in halves]
+        else:
+            both = builder.zext(builder.load(builder.inttoptr(address, bytes16.as_pointer()), align=1), wide)
+            low = builder.and_(both, ir.Constant(wide, [15] * LANES))
+            high = builder.lshr(both, ir.Constant(wide, [4] * LANES))
+            values = [
+                _call_vector(builder, "llvm.fma", scale, builder.sitofp(each, _vector), offset) for each in (low, high)
+            ]
+        return _round_pairs(builder, *values) if self.bf16 and NATIVE_BF16 else values
+
+    def _numbers(self, address: Any) -> Any:
+        builder, floats = self.builder, ir.VectorType(_float, TILE_N)
+        if self.bits == 8:
+            return builder.load(builder.inttoptr(address, floats.as_pointer()), align=4)
+        halves = ir.VectorType(ir.HalfType(), TILE_N)
+        return builder.fpext(builder.load(builder.inttoptr(address, halves.as_pointer()), align=2), floats)
+
+    def _spread(self, numbers: Any, lane: int) -> Any:
+        return _shuffle(self.builder, numbers, numbers, [lane] * LANES)
+
+
+def _round_pairs(builder: Any, low: Any, high: Any) -> Any:
+    """Two vectors of float32 as one of bfloat16, in order."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [_vector, _vector])
+    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return builder.call(convert, [high, low])
+
+
+def _packed_tile(rows: int, columns: int, *, bits: int, bf16: bool) -> Any:
+    """Generate what :func:`_tile` does for packed weights, in the same order of sums, expanding them in registers.
+
+    The arguments: addresses of ``x`` and its stride, of the packed tile, the first of its columns to compute, address
+    of ``out`` and its stride, the number of groups and of blocks in each, the grid, and whether ``out`` is bfloat16.
+    """
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def tile(
+        typingctx: Any,  # noqa: ARG001
+        x: Any,  # noqa: ARG001
+        x_stride: Any,  # noqa: ARG001
+        w: Any,  # noqa: ARG001
+        first: Any,  # noqa: ARG001
+        out: Any,  # noqa: ARG001
+        out_stride: Any,  # noqa: ARG001
+        groups: Any,  # noqa: ARG001
+        blocks: Any,  # noqa: ARG001
+        grid: Any,  # noqa: ARG001
+        narrow: Any,  # noqa: ARG001
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            x, x_stride, w, first, out, out_stride, groups, blocks, grid, narrow = args
+            packed = _Packed(builder, bits, bf16, columns, first, grid)
+            data_bytes = builder.mul(blocks, _i64(packed.block_bytes))
+            group_bytes = builder.add(packed.header, data_bytes)
+            row_bytes = builder.mul(blocks, _i64(PACK_BLOCK * size))
+            x_rows = [builder.add(x, builder.mul(x_stride, _i64(i))) for i in range(rows)]
+
+            def group_step(group: Any, sums: list[Any]) -> list[Any]:
+                at = builder.add(w, builder.mul(group, group_bytes))
+                scales, offsets = packed.parameters(at)
+                begin = builder.mul(group, row_bytes)
+                data = builder.add(at, packed.header)
+
+                def block_step(block: Any, sums: list[Any]) -> list[Any]:
+                    after = list(sums)
+                    place = builder.add(data, builder.mul(block, _i64(packed.block_bytes)))
+                    offset = builder.add(begin, builder.mul(block, _i64(PACK_BLOCK * size)))
+                    x_values = [_load_block(builder, builder.add(row, offset), bf16) for row in x_rows]
+                    for j in range(columns):
+                        w_values = packed.weights(place, j, scales[j], offsets[j] if offsets else None)
+                        for i, x_value in enumerate(x_values):
+                            index = i * columns + j
+                            if bf16:
+                                after[index] = _multiply_add(builder, after[index], x_value, w_values, True)
+                            else:
+                                for x_half, w_half in zip(x_value, w_values, strict=True):
+                                    after[index] = _multiply_add(builder, after[index], x_half, w_half, False)
+                    return after
+
+                return _loop(builder, blocks, 1, sums, block_step)
+
+            sums = _loop(builder, groups, 1, [_splat(0.0)] * (rows * columns), group_step)
+            _store_tile(builder, sums, rows, columns, out, out_stride, narrow)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), codegen
+
+    return tile
+
+
+def _load_block(builder: Any, address: Any, bf16: bool) -> Any:
+    """32 activations: one vector of bfloat16, or two of float32."""
+    if bf16:
+        return _load(builder, address, True)
+    return [_load(builder, builder.add(address, _i64(at)), False) for at in (0, LANES * 4)]
+
+
+def _expand_tile(*, bits: int, bf16: bool) -> Any:
+    """Generate the expansion of a packed tile into 8 rows of whole weights at an address."""
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def expand(typingctx: Any, w: Any, out: Any, groups: Any, blocks: Any, grid: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            w, out, groups, blocks, grid = args
+            packed = _Packed(builder, bits, bf16, TILE_N, _i64(0), grid)
+            group_bytes = builder.add(packed.header, builder.mul(blocks, _i64(packed.block_bytes)))
+            row_bytes = builder.mul(blocks, _i64(PACK_BLOCK * size))
+            stride = builder.mul(groups, row_bytes)
+
+            def group_step(group: Any, carried: list[Any]) -> list[Any]:
+                at = builder.add(w, builder.mul(group, group_bytes))
+                scales, offsets = packed.parameters(at)
+                data = builder.add(at, packed.header)
+                target = builder.add(out, builder.mul(group, row_bytes))
+
+                def block_step(block: Any, carried: list[Any]) -> list[Any]:
+                    place = builder.add(data, builder.mul(block, _i64(packed.block_bytes)))
+                    line = builder.add(target, builder.mul(block, _i64(PACK_BLOCK * size)))
+                    for j in range(TILE_N):
+                        values = packed.weights(place, j, scales[j], offsets[j] if offsets else None)
+                        address = builder.add(line, builder.mul(stride, _i64(j)))
+                        if bf16 and NATIVE_BF16:
+                            builder.store(values, builder.inttoptr(address, values.type.as_pointer()), align=2)
+                            continue
+                        for half, value in enumerate(values):
+                            _write(builder, value, builder.add(address, _i64(half * LANES * size)), bf16)
+                    return carried
+
+                return _loop(builder, blocks, 1, carried, block_step)
+
+            _loop(builder, groups, 1, [], group_step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return expand
+
+
 _sum_1x1_f32 = _weighted_sum(1, 1, bf16=False)
 _sum_1x4_f32 = _weighted_sum(1, 4, bf16=False)
 _sum_3x4_f32 = _weighted_sum(3, 4, bf16=False)
@@ -570,6 +769,18 @@ _tile_1x8_bf16 = _tile(1, 8, bf16=True)
 _tile_2x8_bf16 = _tile(2, 8, bf16=True)
 _tile_4x4_bf16 = _tile(4, 4, bf16=True)
 _tile_1x1_bf16 = _tile(1, 1, bf16=True)
+_packed_1x8_f32_8 = _packed_tile(1, 8, bits=8, bf16=False)
+_packed_2x8_f32_8 = _packed_tile(2, 8, bits=8, bf16=False)
+_packed_1x8_f32_4 = _packed_tile(1, 8, bits=4, bf16=False)
+_packed_2x8_f32_4 = _packed_tile(2, 8, bits=4, bf16=False)
+_packed_1x8_bf16_8 = _packed_tile(1, 8, bits=8, bf16=True)
+_packed_2x8_bf16_8 = _packed_tile(2, 8, bits=8, bf16=True)
+_packed_1x8_bf16_4 = _packed_tile(1, 8, bits=4, bf16=True)
+_packed_2x8_bf16_4 = _packed_tile(2, 8, bits=4, bf16=True)
+_expand_f32_8 = _expand_tile(bits=8, bf16=False)
+_expand_f32_4 = _expand_tile(bits=4, bf16=False)
+_expand_bf16_8 = _expand_tile(bits=8, bf16=True)
+_expand_bf16_4 = _expand_tile(bits=4, bf16=True)
 
 
 @njit(cache=True, nogil=True, inline="never")
@@ -662,6 +873,73 @@ def _linear(thread: int, threads: int, m: int, op: Any) -> None:
         else:
             source, target = x + row * k * 4, out + (row * n + begin) * 4
             _matrix_f32(source, k * 4, w + begin * k * 4, k * 4, target, n * 4, count, end - begin, k)
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _packed_rows(
+    x: int, stride: int, w: int, out: int, out_stride: int, m: int, groups: int, blocks: int, op: Any
+) -> None:
+    """Multiply a few rows with one tile, whose weights stay packed in memory and are expanded in registers."""
+    bf16, narrow, bits, grid = op[6], op[7], op[9], op[11]
+    i = 0
+    while i < m:
+        two = i + 2 <= m
+        a, o = x + i * stride, out + i * out_stride
+        if bf16 and NATIVE_BF16:
+            if bits == 8 and two:
+                _packed_2x8_bf16_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            elif bits == 8:
+                _packed_1x8_bf16_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            elif two:
+                _packed_2x8_bf16_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            else:
+                _packed_1x8_bf16_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif bits == 8 and two:
+            _packed_2x8_f32_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif bits == 8:
+            _packed_1x8_f32_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif two:
+            _packed_2x8_f32_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        else:
+            _packed_1x8_f32_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        i += 2 if two else 1
+
+
+@njit(cache=True, nogil=True)
+def _linear_packed(thread: int, threads: int, m: int, op: Any) -> None:
+    x, w, out, k, n, bf16, narrow = op[1], op[2], op[3], op[4], op[5], op[6], op[7]
+    bits, group, grid = op[9], op[10], op[11]
+    groups, blocks = k // group, group // PACK_BLOCK
+    header = TILE_N * 4 if bits == 8 else (TILE_N * 2 if grid == GRID_SYMMETRIC else TILE_N * 4)
+    tile_bytes = groups * (header + blocks * TILE_N * PACK_BLOCK * bits // 8)
+    tiles = (n + TILE_N - 1) // TILE_N
+    first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+    size, out_size = (2 if bf16 else 4), (2 if narrow else 4)
+    # In bfloat16 a product takes half the instructions, and expanding once more is dearer beside it.
+    in_registers = m <= REGISTER_ROWS // 2 and NATIVE_BF16 if bf16 else m <= REGISTER_ROWS
+    whole = np.empty(TILE_N * k * size, dtype=np.uint8)
+    whole_ = whole.ctypes.data
+    # Rows in blocks that stay in the second-level cache, as in _linear; a tile is expanded once for each.
+    for row in range(0, m, ROW_BLOCK):
+        count = min(ROW_BLOCK, m - row)
+        for tile in range(first, last):
+            columns = min(TILE_N, n - tile * TILE_N)
+            source, packed = x + row * k * size, w + tile * tile_bytes
+            target = out + (row * n + tile * TILE_N) * out_size
+            if in_registers and columns == TILE_N:
+                _packed_rows(source, k * size, packed, target, n * out_size, count, groups, blocks, op)
+            elif bf16:
+                if bits == 8:
+                    _expand_bf16_8(packed, whole_, groups, blocks, grid)
+                else:
+                    _expand_bf16_4(packed, whole_, groups, blocks, grid)
+                _matrix_bf16(source, k * 2, whole_, k * 2, target, n * out_size, count, columns, k, narrow)
+            else:
+                if bits == 8:
+                    _expand_f32_8(packed, whole_, groups, blocks, grid)
+                else:
+                    _expand_f32_4(packed, whole_, groups, blocks, grid)
+                _matrix_f32(source, k * 4, whole_, k * 4, target, n * 4, count, columns, k)
 
 
 # -- element-wise operations -------------------------------------------------------------------------------------------
@@ -1057,6 +1335,8 @@ def _run(params: Any) -> None:
         code = op[0]
         if code == OP_LINEAR:
             _linear(thread, threads, num_kept if op[8] else rows, op)
+        elif code == OP_PACKED:
+            _linear_packed(thread, threads, num_kept if op[8] else rows, op)
         elif code == OP_NORM:
             _norm(thread, threads, num_kept if op[8] else rows, kept, op)
         elif code == OP_ROTARY:

@@ -21,6 +21,8 @@ from inference_server.engine.cpu import choices, kernels
 from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
+from inference_server.engine.quantization.packing import GRIDS
+from inference_server.engine.quantization.variants import Variant
 from inference_server.engine.scheduler import Scheduled, StepPlan
 
 LONG_SEGMENT = 16
@@ -78,6 +80,8 @@ class _Linear:
     target: Tensor
     shape: Shape
     kept: bool
+    packed: bool
+    """Its weights are a packed copy, which own kernels alone read."""
 
 
 Part = tuple[str, int, int] | tuple[str, Tensor, Tensor, Tensor]
@@ -120,6 +124,7 @@ class FastRunner:
         self._bound: dict[tuple[int, int, bool], tuple[list[Part], Tensor]] = {}
         self._choices: Choices | None = None
         self._forced: str | None = None
+        self._variant: Variant | None = None
         self._turn = 0
         p = self._parameters
         p[kernels.P_BARRIER] = self._counter_address
@@ -148,6 +153,12 @@ class FastRunner:
         """Use one kernel (``"own"`` or ``"torch"``) for all linear layers, or with ``None`` the measured choice."""
         self._forced = kernel
         self._bound.clear()
+
+    def use(self, variant: Variant | None) -> None:
+        """Read a packed copy of the weights from the next step on, or with ``None`` the master."""
+        self._variant = variant
+        self._bound.clear()
+        self._build()
 
     def _time(self, kernel: str, shape: Shape, rows: int) -> float:
         layers = [linear for linear in self._linears if linear.shape == shape]
@@ -329,9 +340,15 @@ class FastRunner:
         def linear(source: Tensor, weight: Tensor, target: Tensor, *, kept: bool = False) -> None:
             n, k = weight.shape
             narrow = int(target.dtype == torch.bfloat16)
-            self._linears.append(_Linear(len(program), weight.t(), source, target, (n, k), kept))
-            op = [kernels.OP_LINEAR, source.data_ptr(), weight.data_ptr(), target.data_ptr(), k, n, bf16, narrow]
-            program.append([*op, int(kept)])
+            packed = None if self._variant is None else self._variant.of(weight)
+            index = len(program)
+            self._linears.append(_Linear(index, weight.t(), source, target, (n, k), kept, packed is not None))
+            data = weight if packed is None else packed.data
+            code = kernels.OP_LINEAR if packed is None else kernels.OP_PACKED
+            op = [code, source.data_ptr(), data.data_ptr(), target.data_ptr(), k, n, bf16, narrow, int(kept)]
+            if packed is not None:
+                op += [packed.scheme.stored_bits, packed.group, GRIDS.index(packed.scheme.grid)]
+            program.append(op)
 
         def norm(delta: Tensor | None, weight: Tensor, *, kept: bool = False) -> None:
             residual, change = self._residual.data_ptr(), 0 if delta is None else delta.data_ptr()
@@ -367,6 +384,8 @@ class FastRunner:
         self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
 
     def _kernel(self, linear: _Linear, rows: int) -> str:
+        if linear.packed:
+            return OWN
         if self._forced is not None:
             return self._forced
         return OWN if self._choices is None else self._choices.kernel(linear.shape, rows)
