@@ -27,6 +27,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache: bool = True
     kv_layout: str = "paged"
     block_size: int = 16
+    kv_cache_dtype: str = "master"
     prefix_cache_read: bool = True
     prefix_cache_write: bool = True
     batching: str = "continuous"
@@ -86,6 +87,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         maximum=256,
         cost="recompute",
         description="Token positions per KV block. Larger blocks waste more of their last one and share less.",
+    ),
+    FeatureSpec(
+        name="kv_cache_dtype",
+        title="KV precision",
+        group="Memory",
+        kind="choice",
+        choices=("master", "int8"),
+        default="master",
+        cost="recompute",
+        description=(
+            "How keys and values are stored. master: in the type that the model computes in. int8: in 8 bits with a "
+            "scale for each position and head, so that the same memory holds a longer context or more requests."
+        ),
     ),
     FeatureSpec(
         name="prefix_cache_read",

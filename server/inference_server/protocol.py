@@ -476,6 +476,8 @@ class FeaturesApplied(Message, frozen=True, tag="features_applied", kw_only=True
     """Positions that have to be computed again before the preempted requests go on."""
     work: StepWork | None = None
     """What a step has to read and compute from now on, where that is known."""
+    max_model_len: int | None = None
+    """Longest text from now on, where it may have changed."""
 
 
 class FeaturesSettled(Message, frozen=True, tag="features_settled"):

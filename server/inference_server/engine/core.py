@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inference_server import features as feature_rules
 from inference_server.engine import compiled, loader, sampler
-from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.attention import PagedKVTensors, int8_slots
 from inference_server.engine.block_pool import ROOT_HASH
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
@@ -177,6 +177,9 @@ class WeightReader(Protocol):
     def use(self, variant: Variant | None) -> None:
         """Read a variant from the next step on, or with ``None`` the master."""
 
+    def rebuild(self) -> None:
+        """Take up that the cache's tensors lie elsewhere."""
+
 
 @runtime_checkable
 class Waitable(Protocol):
@@ -215,7 +218,11 @@ class Engine:
         self.gpu: GpuRunner | None = None
         """The fast path, where it is one on a GPU."""
         unavailable = {}
+        self._longest = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        """What the model, or whoever started the engine, allows; the KV memory may hold less."""
         longest = self.capacity.max_model_len
+        if loaded.device.type == "cpu":  # in 8 bits the same memory holds longer texts
+            longest = min(self._longest, self._slots(Features(kv_cache_dtype="int8")))
         try:
             if loaded.device.type == "cuda":
                 self.fast = self.gpu = gpu_path.start(loaded.model, self.runner, longest, config.max_num_seqs)
@@ -228,6 +235,7 @@ class Engine:
             unavailable["compiled"] = no_compiler
         if loaded.device.type != "cpu":
             unavailable |= dict.fromkeys(WEIGHT_FEATURES, ON_CPU_ONLY)
+            unavailable["kv_cache_dtype"] = "8-bit keys and values are for models on the CPU so far."
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
@@ -253,7 +261,7 @@ class Engine:
         """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
-        tensors.block_size = self.features.block_size
+        self._lay_out(self.features)
         self.requests: dict[int, Request] = {}
         self._arrivals = 0
         self._settling: list[_Settling] = []
@@ -306,14 +314,33 @@ class Engine:
         return self.scheduler.cache
 
     def _new_cache(self, features: Features) -> KVCache:
-        slots = self.capacity.num_blocks * self.capacity.block_size
-        host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
+        slots = self._slots(features)
+        host_blocks = self._host_bytes // (self._kv_bytes_per_token(features) * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
         if self.weights.in_use is not None:
             cache.root = self.weights.in_use.label.encode()
         cache.pool.events = [] if features.instrumentation == "full" else None
         return cache
+
+    def _slots(self, features: Features) -> int:
+        """Positions that the KV memory holds."""
+        slots = self.capacity.num_blocks * self.capacity.block_size
+        if features.kv_cache_dtype == "master":
+            return slots
+        shapes = [(heads, size) for heads, key, value in self.loaded.kv_shapes for size in (key, value)]
+        return int8_slots(slots, self.loaded.dtype, shapes)
+
+    def _kv_bytes_per_token(self, features: Features) -> int:
+        """Memory of one position in all layers."""
+        if features.kv_cache_dtype == "master":
+            return self.loaded.kv_bytes_per_token
+        return sum(heads * (key + value + 8) for heads, key, value in self.loaded.kv_shapes)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest text that can be served as things are: of prompt and answer together."""
+        return min(self._longest, self._slots(self.features) // self.features.block_size * self.features.block_size)
 
     # -- what is served ------------------------------------------------------------------------------------------------
 
@@ -386,7 +413,7 @@ class Engine:
         RequestError
             If it could never be served as asked.
         """
-        sampling, limit = message.sampling, self.capacity.max_model_len
+        sampling, limit = message.sampling, self.max_model_len
         if not message.prompt:
             raise RequestError("the prompt is empty; it needs at least one token")
         if min(message.prompt) < 0 or max(message.prompt) >= self.loaded.config.vocab_size:
@@ -533,7 +560,7 @@ class Engine:
         self._land()
         tensors = self.runner.tensors
         weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers()]
-        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values])
+        host_bytes = self._sleeper.release(weights, tensors.whole)
         self._restart_cache(self.features)
         if self.gpu is not None:
             self.gpu.forget_graphs()
@@ -605,8 +632,8 @@ class Engine:
             recompute_tokens=lost,
         )
         if applied.cost != "free":  # other weights, or another cache, may be in use now
-            self.work = step_work(self.loaded, self.weights.in_use)
-            applied = msgspec.structs.replace(applied, work=self.work)
+            self.work = self._step_work()
+            applied = msgspec.structs.replace(applied, work=self.work, max_model_len=self.max_model_len)
         if interrupted:
             self._settling.append(_Settling(self.epoch, interrupted))
             return [applied]
@@ -618,7 +645,13 @@ class Engine:
         if wanted is not None:
             self.weights.build(wanted, lambda _: None)
             self._read(wanted)
-        self.work = step_work(self.loaded, self.weights.in_use)
+        self.work = self._step_work()
+
+    def _step_work(self) -> StepWork | None:
+        work = step_work(self.loaded, self.weights.in_use)
+        if work is None:
+            return None
+        return msgspec.structs.replace(work, kv_bytes_per_token=self._kv_bytes_per_token(self.features))
 
     def _change_weights(self, after: Features) -> None:
         before, wanted = format_of(self.features), format_of(after)
@@ -666,15 +699,26 @@ class Engine:
         if longest > cache.capacity_tokens:
             raise FeatureError(
                 f"with blocks of {after.block_size} positions the cache holds {cache.capacity_tokens}, fewer than the "
-                f"{longest} that a running request may need; wait for it to end, or choose a smaller block size"
+                f"{longest} that a running request may need; wait for it to end, or choose a smaller block size or "
+                "kv_cache_dtype int8"
             )
         lost = self.scheduler.replace_cache(cache)
-        self.runner.tensors.block_size = after.block_size
         self.runner.tensors.transfer(before.transfers)  # nothing but giving up what was swapped out
         before.transfers = []
+        self._lay_out(after)
         # Coming from "off" nothing was cached, but now everything that runs is computed once more.
         uncached = not self.features.kv_cache and after.kv_cache
         return sum(request.num_tokens for request in self.scheduler.running) if uncached else lost
+
+    def _lay_out(self, features: Features) -> None:
+        """Use the KV memory as ``features`` say; what it held is lost."""
+        tensors = self.runner.tensors
+        tensors.block_size = features.block_size
+        int8 = features.kv_cache_dtype == "int8"
+        if tensors.int8 != int8:
+            tensors.store_as(int8=int8)
+            if isinstance(self.fast, WeightReader):
+                self.fast.rebuild()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -605,6 +605,9 @@ class EngineSupervisor:
                 settled_ns=None if applied.preempted else applied.applied_at_ns,
             )
         )
+        if applied.max_model_len is not None and self.ready is not None:
+            capacity = msgspec.structs.replace(self.ready.capacity, max_model_len=applied.max_model_len)
+            self.ready = msgspec.structs.replace(self.ready, capacity=capacity)
         if applied.work is not None:
             self._listener.work_changed(applied.work)
         self._resolve(applied.correlation, applied)

@@ -49,9 +49,12 @@ OP_EMBED = 0  # table, out (float32), width, bf16
 OP_NORM = 1  # x (float32, updated), delta or 0, weight (float32), out, width, eps (float32 bits), bf16, kept rows only
 OP_LINEAR = 2  # x, weight, out, in features, out features, bf16, bf16 out, kept rows only
 OP_ROTARY = (
-    3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16
+    3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16,
+    # scales of the keys and of the values (0: stored whole)
 )
-OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0, scaling (float32 bits), bf16
+OP_ATTEND = (
+    4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0, scaling (float32 bits), bf16, scales as above
+)
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
 OP_ARGMAX = 7  # logits, width, bf16
@@ -129,6 +132,7 @@ def _pointer_to(element: Any) -> Any:
 
 
 _pointer_f32 = _pointer_to(types.float32)
+_pointer_i8 = _pointer_to(types.int8)
 _pointer_u16 = _pointer_to(types.uint16)
 _pointer_i32 = _pointer_to(types.int32)
 _pointer_i64 = _pointer_to(types.int64)
@@ -947,6 +951,7 @@ def _linear_packed(thread: int, threads: int, m: int, op: Any) -> None:
 _ONE = np.float32(1)
 _HALF = np.float32(0.5)
 _ZERO = np.float32(0)
+_INT8_MOST = np.float32(127)
 _LOG2E = np.float32(1.44269504088896341)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -1039,9 +1044,39 @@ def _silu(thread: int, threads: int, m: int, op: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _store_int8(head: Any, dim: int, base: int, scales: int, place: int) -> None:
+    """Round one key or value to 8 bits, with a scale of its own."""
+    most = _ZERO
+    for i in range(dim):
+        most = max(most, abs(head[i]))
+    scale = most / _INT8_MOST
+    inverse = _ONE / scale if scale > _ZERO else _ZERO
+    carray(_pointer_f32(scales + place * 4), (1,))[0] = scale
+    target = carray(_pointer_i8(base + place * dim), (dim,))
+    for i in range(dim):
+        target[i] = np.int8(np.rint(head[i] * inverse))
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _expand_int8(source: int, stride: int, target: int, run: int, dim: int, bf16: int) -> None:
+    """Write ``run`` heads of 8-bit integers as float32, or bfloat16: both hold them exactly."""
+    for position in range(run):
+        integers = carray(_pointer_i8(source + position * stride), (dim,))
+        if bf16:
+            narrow = carray(_pointer_u16(target + position * dim * 2), (dim,))
+            for i in range(dim):
+                narrow[i] = _narrow(np.float32(integers[i]))
+        else:
+            wide = carray(_pointer_f32(target + position * dim * 4), (dim,))
+            for i in range(dim):
+                wide[i] = np.float32(integers[i])
+
+
+@njit(cache=True, nogil=True)
 def _rotary(thread: int, threads: int, m: int, params: Any, op: Any) -> None:
     qkv_, bias_, q_norm_, k_norm_, keys_, values_ = op[1], op[2], op[3], op[4], op[6], op[7]
     heads, kv_heads, dim, rotate, bf16 = op[8], op[9], op[10], op[11], op[12]
+    key_scales_, value_scales_ = op[13], op[14]
     eps = _float_from_bits(op[5])
     size = 2 if bf16 else 4
     half = dim // 2
@@ -1087,6 +1122,13 @@ def _rotary(thread: int, threads: int, m: int, params: Any, op: Any) -> None:
             slot = carray(_pointer_i64(params[P_SLOTS]), (m,))[row]
             base = keys_ if index < heads + kv_heads else values_
             place = (index - heads) % kv_heads
+            if key_scales_:
+                scales_ = key_scales_ if index < heads + kv_heads else value_scales_
+                if bf16:  # what the following operations read, not what it was rounded from
+                    for i in range(dim):
+                        head[i] = _widen(narrow[i])
+                _store_int8(head, dim, base, scales_, slot * kv_heads + place)
+                continue
             target = base + (slot * kv_heads + place) * dim * size
             if bf16:
                 to_narrow = carray(_pointer_u16(target), (dim,))
@@ -1140,6 +1182,8 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     qkv_, out_, keys_, values_ = op[1], op[2], op[3], op[4]
     heads, kv_heads, dim, window, bf16 = op[5], op[6], op[7], op[8], op[10]
     scaling = _float_from_bits(op[9])
+    key_scales_, value_scales_ = op[11], op[12]
+    int8 = key_scales_ != 0
     size = 2 if bf16 else 4
     group = heads // kv_heads
     count, splits, block = params[P_NUM_ATTEND], params[P_MAX_SPLITS], params[P_BLOCK_SIZE]
@@ -1149,7 +1193,10 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     scores = np.empty((MAX_GROUP, SPLIT), dtype=np.float32)
     sums = np.empty((MAX_GROUP, MAX_HEAD_DIM), dtype=np.float32)
     inverses = np.empty(MAX_GROUP, dtype=np.float32)
-    stride = kv_heads * dim * size
+    stored = 1 if int8 else size
+    stride = kv_heads * dim * stored
+    expanded = np.empty(SPLIT * dim * size if int8 else 1, dtype=np.uint8)
+    expanded_ = expanded.ctypes.data
     scores_, sums_ = scores.ctypes.data, sums.ctypes.data
     for unit in range(thread, count * kv_heads * splits, threads):
         place = unit // (kv_heads * splits)
@@ -1169,12 +1216,21 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
         while position < high:
             offset = position % block
             run = min(block - offset, high - position)
-            source = keys_ + ((table[position // block] * block + offset) * kv_heads + kv_head) * dim * size
+            place_ = (table[position // block] * block + offset) * kv_heads + kv_head
+            source, step = keys_ + place_ * dim * stored, stride
             target = scores_ + (position - low) * 4
+            if int8:
+                _expand_int8(source, stride, expanded_, run, dim, bf16)
+                source, step = expanded_, dim * size
             if bf16:
-                _matrix_bf16(query, dim * 2, source, stride, target, SPLIT * 4, group, run, dim, 0)
+                _matrix_bf16(query, dim * 2, source, step, target, SPLIT * 4, group, run, dim, 0)
             else:
-                _matrix_f32(query, dim * 4, source, stride, target, SPLIT * 4, group, run, dim)
+                _matrix_f32(query, dim * 4, source, step, target, SPLIT * 4, group, run, dim)
+            if int8:
+                for i in range(run):
+                    scale = carray(_pointer_f32(key_scales_ + (place_ + i * kv_heads) * 4), (1,))[0]
+                    for g in range(group):
+                        scores[g, position - low + i] *= scale
             position += run
         several = end - start > SPLIT
         partial_ = params[P_PARTIALS] + unit * group * (dim + 2) * 4
@@ -1199,8 +1255,16 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
         while position < high:
             offset = position % block
             run = min(block - offset, high - position)
-            source = values_ + ((table[position // block] * block + offset) * kv_heads + kv_head) * dim * size
-            _sum_values(source, stride, scores_ + (position - low) * 4, sums_, group, dim, run, bf16)
+            place_ = (table[position // block] * block + offset) * kv_heads + kv_head
+            source, step = values_ + place_ * dim * stored, stride
+            if int8:
+                _expand_int8(source, stride, expanded_, run, dim, bf16)
+                source, step = expanded_, dim * size
+                for i in range(run):
+                    scale = carray(_pointer_f32(value_scales_ + (place_ + i * kv_heads) * 4), (1,))[0]
+                    for g in range(group):
+                        scores[g, position - low + i] *= scale
+            _sum_values(source, step, scores_ + (position - low) * 4, sums_, group, dim, run, bf16)
             position += run
         for g in range(group):
             for d in range(dim):

@@ -157,6 +157,10 @@ class FastRunner:
     def use(self, variant: Variant | None) -> None:
         """Read a packed copy of the weights from the next step on, or with ``None`` the master."""
         self._variant = variant
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Take up that the cache's tensors lie elsewhere, or that other weights are read."""
         self._bound.clear()
         self._build()
 
@@ -219,7 +223,9 @@ class FastRunner:
                 blocks = request.blocks
                 slots += [blocks[position // size] * size + position % size for position in range(start, end)]
             if item.count > LONG_SEGMENT:
-                context = None if start == 0 else torch.from_numpy(slots_of(request.blocks, end, size))
+                # In 8 bits what is attended to is what was stored, however the prompt is cut into steps.
+                alone = start == 0 and not self.tensors.int8
+                context = None if alone else torch.from_numpy(slots_of(request.blocks, end, size))
                 segments.append(_Segment(offset, item.count, start, context))
                 continue
             address = self._table(item)
@@ -362,12 +368,16 @@ class FastRunner:
             heads = [a.heads, a.kv_heads, a.head_dim]
             norm(self._delta if index else None, layer.input_norm)
             linear(self._normed, layer.qkv, self._qkv)
+            scales = [0, 0]
+            if self.tensors.int8:
+                scales = [self.tensors.key_scales[index].data_ptr(), self.tensors.value_scales[index].data_ptr()]
             extras = [_pointer(layer.qkv_bias), _pointer(layer.q_norm), _pointer(layer.k_norm), eps]
             qkv, attended = self._qkv.data_ptr(), self._attended.data_ptr()
-            program.append([kernels.OP_ROTARY, qkv, *extras, keys, values, *heads, int(layer.rotate), bf16])
+            program.append([kernels.OP_ROTARY, qkv, *extras, keys, values, *heads, int(layer.rotate), bf16, *scales])
             scaling = _bits(a.scaling)
             self._attention_index.append(len(program))
-            program.append([kernels.OP_ATTEND, qkv, attended, keys, values, *heads, layer.window, scaling, bf16])
+            attend = [kernels.OP_ATTEND, qkv, attended, keys, values, *heads, layer.window, scaling, bf16]
+            program.append([*attend, *scales])
             program.append([kernels.OP_COMBINE, attended, *heads, layer.window, bf16])
             linear(self._attended, layer.output, self._delta)
             norm(self._delta, layer.post_norm)
@@ -466,8 +476,8 @@ class FastRunner:
             qkv = self._qkv[rows].view(segment.count, heads + 2 * kv, dim).transpose(0, 1)
             query, key, value = qkv[:heads], qkv[heads : heads + kv], qkv[heads + kv :]
             if segment.slots is not None:
-                key = self.tensors.keys[layer][segment.slots].transpose(0, 1)
-                value = self.tensors.values[layer][segment.slots].transpose(0, 1)
+                keys, values = self.tensors.read(layer, segment.slots, qkv.dtype)
+                key, value = keys.transpose(0, 1), values.transpose(0, 1)
             plain = segment.start == 0 and (not window or segment.count <= window)
             if heads != kv:
                 key, value = key.repeat_interleave(heads // kv, 0), value.repeat_interleave(heads // kv, 0)
