@@ -44,6 +44,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     weight_precision: str = "master"
     int4_group: str = "32"
     int4_grid: str = "minimum"
+    int4_rounding: str = "nearest"
     instrumentation: str = "full"
 
     def as_dict(self) -> dict[str, FeatureValue]:
@@ -237,12 +238,13 @@ SPECS: tuple[FeatureSpec, ...] = (
         title="Weight precision",
         group="Compute",
         kind="choice",
-        choices=("master", "int8", "int4"),
+        choices=("master", "int8", "int4", "int3"),
         default="master",
         cost="prebuilt",
         description=(
             "Which copy of the weights a step reads. master: as they were loaded. int8: one scale per output channel. "
-            "int4: one scale per group of weights, the output layer in 8 bits. A copy is packed beside the master when "
+            "int4: one scale per group of weights, the output layer in 8 bits. int3: the same with 8 values in place "
+            "of 16, in the memory of 4 bits, to see what is lost. A copy is packed beside the master when "
             "it is first asked for, while the model serves on; the switch is done when it is ready."
         ),
     ),
@@ -270,6 +272,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         description=(
             "Where the 16 values of a 4-bit group lie. minimum: from its smallest weight up, the grid of GGUF's Q4_1. "
             "zero-point: moved by whole steps, zero is one of them. symmetric: around zero, nothing but a scale."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_rounding",
+        title="int4: rounding",
+        group="Compute",
+        kind="choice",
+        choices=("nearest", "gptq"),
+        default="nearest",
+        cost="prebuilt",
+        description=(
+            "How 4-bit weights are rounded. nearest: each to the next value on the grid. gptq: one column after the "
+            "other on a calibration text, so that the columns that are left make up for the errors; takes minutes."
         ),
     ),
     FeatureSpec(
@@ -364,7 +379,7 @@ CONFLICTS = (
             {"compiled": True, "weight_precision": precision},
             "torch.compile compiles the model's own modules, which multiply with the master weights",
         )
-        for precision in ("int8", "int4")
+        for precision in ("int8", "int4", "int3")
     ),
 )
 

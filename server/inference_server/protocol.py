@@ -31,6 +31,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Severity = Literal["info", "warning", "error"]
 TrafficState = Literal["running", "stopped"]
 RecordingState = Literal["recording", "finishing", "finished", "failed"]
+QuantizationAction = Literal["status", "measure", "cancel", "drop", "calibrate"]
 Instrumentation = Literal["off", "steps", "full"]
 
 PARTS = (
@@ -288,7 +289,22 @@ class MeasureCeilings(Message, frozen=True, tag="measure_ceilings"):
     """Even if the figures are known from an earlier run on the same hardware and versions."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Sleep | Wake | Ping | Shutdown
+class Quantization(Message, frozen=True, tag="quantization"):
+    """Something about precisions that is no switch. Answered by :class:`CommandDone` or :class:`CommandFailed`.
+
+    ``action`` is one of: ``status`` (what there is, what is measured, memory), ``measure`` (begin to measure quality;
+    the result appears in the status), ``cancel``, ``drop`` (give up packed copies that are not in use), ``calibrate``
+    (set GPTQ's text). ``options`` are the arguments of that method of ``engine.quantization.precision.Precision``.
+    """
+
+    correlation: int
+    action: QuantizationAction
+    options: dict[str, Any] = {}
+
+
+ToEngine = (
+    Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Quantization | Sleep | Wake | Ping | Shutdown
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from inference_workbench.errors import (
     WorkbenchError,
 )
 from inference_workbench.progress import ProgressLine
+from inference_workbench.quantization import Quantization
 from inference_workbench.recordings import Recorded, Recordings
 from inference_workbench.run import Run
 from inference_workbench.servers import Server, find_or_start
@@ -156,6 +157,8 @@ class Workbench:
         self.telemetry = Telemetry(lambda: self._server.endpoint, self.store)
         """The background connection that feeds the store."""
         self._features = Switches(self._call, self.store)
+        self.quantization = Quantization(self._call)
+        """What a precision costs in quality and memory: ``wb.quantization.measure(weight_precision="int8")``."""
         self.traffic = Traffic(self._call)
         """Requests that the server sends to itself: ``wb.traffic.start("chat", concurrency=8)``."""
         self.recordings = Recordings(self._call, lambda: self._http)

@@ -23,10 +23,11 @@ from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes, is_out_of_memory
-from inference_server.engine.quantization.variants import Variant, WeightFormat, WeightVariants, format_of
+from inference_server.engine.quantization.precision import Precision
+from inference_server.engine.quantization.variants import WeightFormat, WeightVariants, format_of
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
-from inference_server.engine.runner import ModelRunner, Runner
+from inference_server.engine.runner import ModelRunner, Runner, WeightReader
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
@@ -63,7 +64,7 @@ if TYPE_CHECKING:  # importing it compiles the kernels
 
 MAX_HOST_BYTES = 8 << 30
 """Host memory that preempted requests may be swapped to, at most."""
-WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid")
+WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding")
 REQUEST_OVERRIDES = frozenset({"prefix_cache_read", "prefix_cache_write", "response_cache"})
 """Features that a request may set for itself."""
 STEPS_UNTIL_LARGER = 64
@@ -171,17 +172,6 @@ class _Phases:
 
 
 @runtime_checkable
-class WeightReader(Protocol):
-    """A fast path that can read packed weights."""
-
-    def use(self, variant: Variant | None) -> None:
-        """Read a variant from the next step on, or with ``None`` the master."""
-
-    def rebuild(self) -> None:
-        """Take up that the cache's tensors lie elsewhere."""
-
-
-@runtime_checkable
 class Waitable(Protocol):
     """Tokens of a GPU's step."""
 
@@ -247,9 +237,9 @@ class Engine:
             overlap=self.gpu is not None,
         )
         self.specs = _specs_here(defaults, config, unavailable)
-        self._specs = {spec.name: spec for spec in self.specs}
+        self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
-        self.features = feature_rules.apply(defaults, config.features, self._specs)
+        self.features = feature_rules.apply(defaults, config.features, self.specs_by_name)
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
         budget = config.packed_bytes
         self.weights = WeightVariants(
@@ -282,6 +272,8 @@ class Engine:
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
         self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
+        self.precision = Precision(self)
+        """Measures what a precision costs."""
         self._deferred: _Deferred | None = None
         self._start_weights()
         self._compilation: compiled.Compilation | None = None
@@ -473,7 +465,7 @@ class Engine:
                 allowed = ", ".join(sorted(REQUEST_OVERRIDES))
                 raise RequestError(f"a request cannot set the feature {name!r} for itself; it can set {allowed}")
             try:
-                checked[name] = bool(feature_rules.validate(name, value, self._specs))
+                checked[name] = bool(feature_rules.validate(name, value, self.specs_by_name))
             except FeatureError as error:
                 raise RequestError(str(error)) from error
         return checked
@@ -535,8 +527,12 @@ class Engine:
 
     @property
     def waits_for_weights(self) -> bool:
-        """Whether a switch waits until weights are packed; :meth:`take_news` then completes it."""
-        return self._deferred is not None
+        """Whether a switch or a measurement waits until weights are packed; :meth:`take_news` then completes it."""
+        return self._deferred is not None or self.precision.waits
+
+    def tell(self, news: TaskProgress | Notice) -> None:
+        """Add to what :meth:`take_news` returns; from any thread."""
+        self._progress.put(news)
 
     # -- sleep ---------------------------------------------------------------------------------------------------------
 
@@ -598,14 +594,12 @@ class Engine:
             If a value is refused; then nothing was changed.
         """
         begin = time.monotonic_ns()
-        after = feature_rules.apply(self.features, values, self._specs)
+        after = feature_rules.apply(self.features, values, self.specs_by_name)
         names = feature_rules.changed(self.features, after)
         if not values.keys().isdisjoint(WEIGHT_FEATURES):
             self._supersede()
         if not self.weights.ready(format_of(after)):
-            wanted = format_of(after)
-            assert wanted is not None, "the master is always ready"
-            self.weights.prepare(wanted)
+            self.precision.prepare(after)
             self._deferred = _Deferred(correlation, values)
             return []
         interrupted: set[int] = set()
@@ -625,7 +619,7 @@ class Engine:
             epoch=self.epoch,
             values=after.as_dict(),
             changed=names,
-            cost=feature_rules.cost_of(names, self._specs),
+            cost=feature_rules.cost_of(names, self.specs_by_name),
             apply_ns=time.monotonic_ns() - begin,
             applied_at_ns=time.monotonic_ns(),
             preempted=len(interrupted),
@@ -643,7 +637,8 @@ class Engine:
         """Read the weights that the first settings ask for."""
         wanted = format_of(self.features)
         if wanted is not None:
-            self.weights.build(wanted, lambda _: None)
+            self.precision.calibrate_where_needed(wanted)
+            self.weights.build(wanted)
             self._read(wanted)
         self.work = self._step_work()
 
@@ -675,6 +670,13 @@ class Engine:
         if deferred is not None:
             self.weights.cancel()
             self._news.append(CommandFailed(deferred.correlation, "A later switch of the weights took its place."))
+
+    def give_up_packing(self) -> None:
+        """Stop packing weights; a switch that waits for them is refused."""
+        deferred, self._deferred = self._deferred, None
+        self.weights.cancel()
+        if deferred is not None:
+            self._news.append(CommandFailed(deferred.correlation, "Packing the weights was cancelled."))
 
     def _take_up_deferred(self) -> None:
         """Complete a switch whose weights are packed by now."""

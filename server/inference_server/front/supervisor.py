@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -47,6 +47,8 @@ from inference_server.protocol import (
     NoticeEvent,
     Ping,
     Pong,
+    Quantization,
+    QuantizationAction,
     Ready,
     RequestCancelled,
     RequestFailed,
@@ -313,6 +315,16 @@ class EngineSupervisor:
         if not isinstance(answer, CommandDone):
             raise ApiError(500, f"The engine answered something else than {command}.")
         return answer
+
+    async def quantization(self, action: QuantizationAction, options: dict[str, Any]) -> CommandDone:
+        """Do something about precisions that is no switch.
+
+        Raises
+        ------
+        ApiError
+            422 with the reason of a refusal; 503 or 504 if it did not answer.
+        """
+        return await self._done(lambda correlation: Quantization(correlation, action, options))
 
     async def measure_ceilings(self) -> None:
         """Let the engine measure what the machine can do at best, when it is idle; returns once it has.

@@ -149,6 +149,32 @@ class FastRunner:
         self._reserve(rows, kept, shrink=True)
         return self._choices
 
+    def sibling(self, tensors: PagedKVTensors) -> FastRunner:
+        """Another runner of the same model over another cache, with the same choice of kernels."""
+        other = FastRunner(self.architecture, tensors, self.team.threads)
+        other._choices = self._choices
+        return other
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of activations and logits."""
+        buffers = {
+            id(each): each.nbytes
+            for each in (
+                self._residual,
+                self._normed,
+                self._qkv,
+                self._attended,
+                self._delta,
+                self._both,
+                self._active,
+                self._logits,
+                self._logits_torch,
+                self._partials,
+            )
+        }
+        return sum(buffers.values())
+
     def force(self, kernel: str | None) -> None:
         """Use one kernel (``"own"`` or ``"torch"``) for all linear layers, or with ``None`` the measured choice."""
         self._forced = kernel

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from inference_server.engine.llama import Architecture
+from inference_server.engine.quantization import gptq
+from inference_server.engine.quantization.gptq import LayerError
 from inference_server.engine.quantization.packing import BLOCK, PackedMatrix, Scheme, packed_bytes, quantize
 from inference_server.features import FeatureError, Features
 from inference_server.protocol import Notice, TaskProgress
@@ -36,17 +38,20 @@ class WeightFormat:
         Of the matrices within the layers.
     head : Scheme
         Of the output layer.
+    gptq : bool
+        The layers are rounded by GPTQ, not to nearest.
     """
 
     body: Scheme
     head: Scheme
+    gptq: bool = False
 
     @property
     def label(self) -> str:
         """What step records call it."""
         if self.body.bits == 8:
             return "int8"
-        return f"int4 g{self.body.group} {self.body.grid}"
+        return f"int{self.body.bits} g{self.body.group} {self.body.grid}{' gptq' if self.gptq else ''}"
 
 
 def format_of(features: Features) -> WeightFormat | None:
@@ -56,7 +61,8 @@ def format_of(features: Features) -> WeightFormat | None:
     if features.weight_precision == "int8":
         return WeightFormat(Scheme(8), Scheme(8))
     grid: Any = features.int4_grid
-    return WeightFormat(Scheme(4, int(features.int4_group), grid), HEAD_OF_INT4)
+    bits = int(features.weight_precision.removeprefix("int"))
+    return WeightFormat(Scheme(bits, int(features.int4_group), grid), HEAD_OF_INT4, features.int4_rounding == "gptq")
 
 
 @dataclass(slots=True)
@@ -92,6 +98,8 @@ class Variant:
     matrices: list[Matrix]
     packed: dict[int, PackedMatrix] = field(default_factory=dict)
     """By the address of the master's matrix."""
+    errors: list[LayerError] = field(default_factory=list)
+    """Of each matrix on the calibration text, where GPTQ rounded it."""
 
     @property
     def label(self) -> str:
@@ -113,6 +121,10 @@ class Variant:
     def of(self, weight: Tensor) -> PackedMatrix | None:
         """The packed copy of a master matrix, ``None`` where it stays as it is."""
         return self.packed.get(weight.data_ptr())
+
+
+PackingProgress = Callable[[float, str], None]
+"""Called with the fraction done and what is being packed."""
 
 
 class PackingCancelled(Exception):  # noqa: N818 - not an error
@@ -143,6 +155,8 @@ class WeightVariants:
         self.budget = budget
         self.matrices, self.left_out = matrices_of(model, architecture)
         self.in_use: Variant | None = None
+        self._architecture = architecture
+        self._calibration: list[int] | None = None
         self._report = report
         self._kept: dict[WeightFormat, Variant] = {}
         self._thread: threading.Thread | None = None
@@ -177,6 +191,29 @@ class WeightVariants:
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
+    def calibrate_with(self, tokens: list[int]) -> None:
+        """Set the text that GPTQ sees; what was rounded with another one is given up.
+
+        Raises
+        ------
+        FeatureError
+            If such weights are in use.
+        """
+        if self.in_use is not None and self.in_use.weights.gptq:
+            raise FeatureError("Weights that GPTQ rounded are in use; switch to others before the calibration changes.")
+        self.cancel()
+        self._calibration = tokens
+        self._kept = {weights: each for weights, each in self._kept.items() if not weights.gptq}
+
+    def get(self, weights: WeightFormat) -> Variant | None:
+        """A variant that is there."""
+        return self._kept.get(weights)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether GPTQ has no text yet."""
+        return self._calibration is None
+
     def prepare(self, weights: WeightFormat) -> None:
         """Begin to build a variant in a thread of its own, on one core; whatever was being built is given up.
 
@@ -204,7 +241,7 @@ class WeightVariants:
             self._thread.join()
             self._thread = None
 
-    def build(self, weights: WeightFormat, progress: Callable[[float], None]) -> None:
+    def build(self, weights: WeightFormat, progress: PackingProgress = lambda *_: None) -> None:
         """Build a variant now, on all cores.
 
         Raises
@@ -241,6 +278,8 @@ class WeightVariants:
     # -- private -------------------------------------------------------------------------------------------------------
 
     def _make_room(self, weights: WeightFormat) -> None:
+        if weights.gptq and self._architecture is None:
+            raise FeatureError("GPTQ knows a model's layers from the fast path, which cannot run this one.")
         needed = sum(matrix.packed_bytes(weights) for matrix in self.matrices)
         held = self.in_use.nbytes if self.in_use is not None else 0
         if needed + held > self.budget:
@@ -259,31 +298,42 @@ class WeightVariants:
         torch.set_num_threads(1)
         try:
             variant = self._build(
-                weights, lambda fraction: self._report(TaskProgress(TASK, fraction, weights.label)), cancelled
+                weights, lambda fraction, what: self._report(TaskProgress(TASK, fraction, what)), cancelled
             )
         except PackingCancelled:
             self._report(TaskProgress(TASK, 1.0, "given up"))
         except Exception as error:  # noqa: BLE001 - the switch is refused with it, and the engine serves on
-            self._error = f"packing the weights failed: {type(error).__name__}: {error}"
+            self._error = f"packing the weights failed: {error}"
             self._report(TaskProgress(TASK, 1.0, "failed"))
         else:
             self._kept[weights] = variant
             self._report(TaskProgress(TASK, 1.0, f"{weights.label} is ready"))
 
-    def _build(self, weights: WeightFormat, progress: Callable[[float], None], cancelled: threading.Event) -> Variant:
+    def _build(self, weights: WeightFormat, progress: PackingProgress, cancelled: threading.Event) -> Variant:
         variant = Variant(weights, self.matrices)
-        total = sum(matrix.weight.numel() for matrix in self.matrices)
-        done = 0
         told = -1.0
-        for matrix in self.matrices:
+
+        def tell(fraction: float, what: str = "") -> None:
+            nonlocal told
             if cancelled.is_set():
                 raise PackingCancelled
+            if fraction - told >= 0.01:
+                told = fraction
+                progress(min(fraction, 0.99), f"{weights.label} {what}".strip())
+
+        if weights.gptq:
+            assert self._architecture is not None
+            variant.packed, variant.errors = gptq.round_model(
+                self._architecture, self._calibration or [], weights.body, tell
+            )
+        left = [matrix for matrix in self.matrices if variant.of(matrix.weight) is None]
+        total = sum(matrix.weight.numel() for matrix in left)
+        done = 0
+        for matrix in left:
+            tell(done / total)
             packed = quantize(matrix.weight, weights.head if matrix.head else weights.body)
             variant.packed[matrix.weight.data_ptr()] = packed
             done += matrix.weight.numel()
-            if done / total - told >= 0.02:
-                told = done / total
-                progress(min(told, 0.99))
         return variant
 
 
