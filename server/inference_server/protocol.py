@@ -31,7 +31,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Severity = Literal["info", "warning", "error"]
 TrafficState = Literal["running", "stopped"]
 RecordingState = Literal["recording", "finishing", "finished", "failed"]
-QuantizationAction = Literal["status", "measure", "cancel", "drop", "calibrate"]
+QuantizationAction = Literal["status", "measure", "cancel", "drop", "calibrate", "save"]
 Instrumentation = Literal["off", "steps", "full"]
 
 PARTS = (
@@ -294,7 +294,8 @@ class Quantization(Message, frozen=True, tag="quantization"):
 
     ``action`` is one of: ``status`` (what there is, what is measured, memory), ``measure`` (begin to measure quality;
     the result appears in the status), ``cancel``, ``drop`` (give up packed copies that are not in use), ``calibrate``
-    (set GPTQ's text). ``options`` are the arguments of that method of ``engine.quantization.precision.Precision``.
+    (set GPTQ's text), ``save`` (write the weights in use as a folder). ``options`` are the arguments of that method of
+    ``engine.quantization.precision.Precision``.
     """
 
     correlation: int

@@ -94,6 +94,17 @@ class Quantization:
         freed: int = self._call("POST", "/quantization/drop", json={})["freed"]
         return freed
 
+    def save(self, folder: str) -> int:
+        """Write the packed weights in use as a folder that transformers and vLLM load; return the weights' bytes.
+
+        Parameters
+        ----------
+        folder : str
+            A new folder on the server's machine, as an absolute path.
+        """
+        written: int = self._call("POST", "/quantization/save", json={"folder": folder}, timeout=900.0)["bytes"]
+        return written
+
     def calibrate(self, text: str | None = None) -> int:
         """Set the text that GPTQ sees, or the built-in one again; return its length in tokens."""
         tokens: int = self._call("PUT", "/quantization/calibration", json={"text": text})["tokens"]

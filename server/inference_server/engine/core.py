@@ -247,6 +247,7 @@ class Engine:
             None if self.fast is None else self.fast.architecture,
             available_host_bytes() // PACKED_SHARE if budget is None else budget,
             self._progress.put,
+            loaded.rounded,
         )
         """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)

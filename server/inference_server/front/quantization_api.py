@@ -30,6 +30,13 @@ class CalibrationBody(BaseModel):
     text: str | None = None
 
 
+class SaveBody(BaseModel):
+    """Body of ``POST /quantization/save``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    folder: str
+
+
 class QuantizationApi:
     """The handlers.
 
@@ -48,6 +55,7 @@ class QuantizationApi:
             ("POST", "/quantization/cancel", self.cancel),
             ("POST", "/quantization/drop", self.drop),
             ("PUT", "/quantization/calibration", self.calibrate),
+            ("POST", "/quantization/save", self.save),
         ):
             self.router.add_api_route(path, handler, methods=[method], response_model=None)
 
@@ -71,6 +79,10 @@ class QuantizationApi:
     async def calibrate(self, body: CalibrationBody) -> Response:
         """Set the text that GPTQ sees; ``null`` is the built-in one."""
         return await self._ask("calibrate", text=body.text)
+
+    async def save(self, body: SaveBody) -> Response:
+        """Write the packed weights in use as a new folder on the server's machine."""
+        return await self._ask("save", folder=body.folder)
 
     async def _ask(self, action: QuantizationAction, **options: Any) -> Response:
         done = await self._supervisor.quantization(action, options)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from inference_server import features as feature_rules
 from inference_server.engine.memory import available_host_bytes
-from inference_server.engine.quantization import quality, texts
+from inference_server.engine.quantization import checkpoint, quality, texts
 from inference_server.engine.quantization.quality import Measurement, QualityResult, Side
 from inference_server.engine.quantization.variants import TASK as PACKING
 from inference_server.engine.quantization.variants import Variant, WeightFormat, format_of
@@ -169,6 +169,22 @@ class Precision:
         self._engine.weights.calibrate_with(tokens)
         self._calibration = "built-in" if text is None else _name(text)
         return {"tokens": len(tokens)}
+
+    def save(self, folder: str) -> dict[str, Any]:
+        """Write the packed weights in use as a folder in the compressed-tensors format.
+
+        Raises
+        ------
+        FeatureError
+            If the master is in use, the format has no word for the grid, or the folder cannot be written.
+        """
+        engine, path = self._engine, Path(folder).expanduser()
+        if not path.is_absolute():
+            raise FeatureError(f"{folder!r} is not an absolute path; the server would write it beside itself.")
+        if engine.weights.in_use is None:
+            raise FeatureError("The master weights are in use; switch weight_precision to what should be saved.")
+        written = checkpoint.save(engine.loaded.model, engine.weights.in_use, engine.loaded.located.path, path)
+        return {"folder": str(path), "bytes": written}
 
     # -- weights for others --------------------------------------------------------------------------------------------
 

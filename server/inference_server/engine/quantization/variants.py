@@ -19,7 +19,15 @@ from torch.nn.functional import linear
 from inference_server.engine.llama import Architecture
 from inference_server.engine.quantization import gptq
 from inference_server.engine.quantization.gptq import LayerError
-from inference_server.engine.quantization.packing import BLOCK, PackedMatrix, Scheme, packed_bytes, quantize
+from inference_server.engine.quantization.packing import (
+    BLOCK,
+    PackedMatrix,
+    Rounded,
+    Scheme,
+    pack,
+    packed_bytes,
+    quantize,
+)
 from inference_server.features import FeatureError, Features
 from inference_server.protocol import Notice, TaskProgress
 
@@ -84,6 +92,20 @@ class Matrix:
     parts: list[Part]
     head: bool
 
+    def as_given(self, scheme: Scheme, rounded: dict[str, Rounded]) -> Rounded | None:
+        """The integers that a checkpoint had for it, where all of its parts are there in the scheme that is wanted."""
+        parts = [rounded.get(part.name) for part in sorted(self.parts, key=lambda part: part.first)]
+        known = [part for part in parts if part is not None and part.scheme == scheme]
+        if len(known) < len(parts):
+            return None
+        offsets = [part.offset for part in known if part.offset is not None]
+        return Rounded(
+            torch.cat([part.values for part in known]),
+            torch.cat([part.scale for part in known]),
+            torch.cat(offsets) if offsets else None,
+            scheme,
+        )
+
     def packed_bytes(self, weights: WeightFormat) -> int:
         """Memory of it in a format."""
         rows, columns = self.weight.shape
@@ -143,6 +165,8 @@ class WeightVariants:
         Bytes that all variants together may take.
     report : callable
         Takes what a person should see; called from the packing thread.
+    given : dict, optional
+        Layers that the model's folder has rounded already, by name: they are packed as they are where the scheme fits.
     """
 
     def __init__(
@@ -151,11 +175,13 @@ class WeightVariants:
         architecture: Architecture | None,
         budget: int,
         report: Callable[[TaskProgress | Notice], None],
+        given: dict[str, Rounded] | None = None,
     ) -> None:
         self.budget = budget
         self.matrices, self.left_out = matrices_of(model, architecture)
         self.in_use: Variant | None = None
         self._architecture = architecture
+        self._given = given or {}
         self._calibration: list[int] | None = None
         self._report = report
         self._kept: dict[WeightFormat, Variant] = {}
@@ -331,7 +357,9 @@ class WeightVariants:
         done = 0
         for matrix in left:
             tell(done / total)
-            packed = quantize(matrix.weight, weights.head if matrix.head else weights.body)
+            scheme = (weights.head if matrix.head else weights.body).fitted(matrix.weight.shape[1])
+            given = matrix.as_given(scheme, self._given)
+            packed = quantize(matrix.weight, scheme) if given is None else pack(given)
             variant.packed[matrix.weight.data_ptr()] = packed
             done += matrix.weight.numel()
         return variant
