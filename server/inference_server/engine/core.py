@@ -248,6 +248,7 @@ class Engine:
             available_host_bytes() // PACKED_SHARE if budget is None else budget,
             self._progress.put,
             loaded.rounded,
+            loaded.located.path,
         )
         """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)

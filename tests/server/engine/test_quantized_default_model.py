@@ -51,3 +51,16 @@ def test_the_grid_of_the_file_is_found_again_in_every_matrix(engine: Engine) -> 
         assert torch.equal(packed.dequantize(), matrix.weight)
     assert answer(engine, prompt) == expected
     assert variant.nbytes < 0.19 * engine.loaded.weight_bytes
+
+
+def test_in_bfloat16_the_grid_is_taken_from_the_file(engine: Engine, default_model: Path) -> None:
+    """The master was rounded to bfloat16; what is packed was not."""
+    config = EngineConfig(model=str(default_model), dtype="bfloat16", kv_bytes=1 << 26)
+    half = Engine.load(config, lambda *_: None)
+    switch(half, weight_precision="int4", int4_group="32", int4_grid="minimum")
+    variant = half.weights.in_use
+    assert variant is not None
+    whole = {part.name: matrix.weight for matrix in engine.weights.matrices for part in matrix.parts}
+    for matrix, packed in variant.pairs():
+        assert torch.equal(packed.dequantize(), whole[matrix.parts[0].name])
+        assert torch.equal(packed.dequantize().bfloat16(), matrix.weight)

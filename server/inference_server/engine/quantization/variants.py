@@ -10,9 +10,11 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -32,6 +34,8 @@ from inference_server.features import FeatureError, Features
 from inference_server.protocol import Notice, TaskProgress
 
 TASK = "packing weights"
+TIED_TO = "model.embed_tokens.weight"
+"""What the output layer is called in a file where it is the embedding."""
 HEAD_OF_INT4 = Scheme(8, 32)
 """The output layer beside 4-bit layers: its errors go straight into the logits; GGUF files keep it in 8 bits too."""
 
@@ -165,6 +169,9 @@ class WeightVariants:
         Bytes that all variants together may take.
     report : callable
         Takes what a person should see; called from the packing thread.
+    folder : Path, optional
+        The model's: where its files hold weights in more bits than the master has, these are packed, so that they are
+        rounded once.
     given : dict, optional
         Layers that the model's folder has rounded already, by name: they are packed as they are where the scheme fits.
     """
@@ -176,12 +183,14 @@ class WeightVariants:
         budget: int,
         report: Callable[[TaskProgress | Notice], None],
         given: dict[str, Rounded] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.budget = budget
         self.matrices, self.left_out = matrices_of(model, architecture)
         self.in_use: Variant | None = None
         self._architecture = architecture
         self._given = given or {}
+        self._folder = folder
         self._calibration: list[int] | None = None
         self._report = report
         self._kept: dict[WeightFormat, Variant] = {}
@@ -352,6 +361,7 @@ class WeightVariants:
             variant.packed, variant.errors = gptq.round_model(
                 self._architecture, self._calibration or [], weights.body, tell
             )
+        files = WeightFiles(self._folder)
         left = [matrix for matrix in self.matrices if variant.of(matrix.weight) is None]
         total = sum(matrix.weight.numel() for matrix in left)
         done = 0
@@ -359,10 +369,45 @@ class WeightVariants:
             tell(done / total)
             scheme = (weights.head if matrix.head else weights.body).fitted(matrix.weight.shape[1])
             given = matrix.as_given(scheme, self._given)
-            packed = quantize(matrix.weight, scheme) if given is None else pack(given)
+            packed = quantize(files.finer(matrix), scheme) if given is None else pack(given)
             variant.packed[matrix.weight.data_ptr()] = packed
             done += matrix.weight.numel()
         return variant
+
+
+class WeightFiles:
+    """The weights as a model's files have them.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Without one, or without safetensors files in it, nothing is found.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file_of: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
+            with safe_open(path, framework="pt") as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
+
+    def finer(self, matrix: Matrix) -> Tensor:
+        """A matrix in the bits of its file, where these are more than the master's; else the master's."""
+        if matrix.weight.element_size() >= torch.float32.itemsize:
+            return matrix.weight
+        found = []
+        for part in sorted(matrix.parts, key=lambda part: part.first):
+            name = f"{part.name}.weight"
+            if matrix.head and name not in self._file_of:
+                name = TIED_TO
+            path = self._file_of.get(name)
+            if path is None:
+                return matrix.weight
+            with safe_open(path, framework="pt") as file:
+                found.append(file.get_tensor(name))
+        whole = torch.cat(found) if len(found) > 1 else found[0]
+        finer = whole.shape == matrix.weight.shape and whole.element_size() > matrix.weight.element_size()
+        # Not another matrix under the same name: it has to be what the master was rounded from.
+        return whole if finer and torch.equal(whole.to(matrix.weight.dtype), matrix.weight) else matrix.weight
 
 
 def matrices_of(model: nn.Module, architecture: Architecture | None) -> tuple[list[Matrix], list[str]]:
