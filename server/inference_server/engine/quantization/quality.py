@@ -169,7 +169,7 @@ class Measurement:
 
     def _compare(self, master: Tensor, other: Tensor, first: int) -> None:
         sums = self._sums
-        targets = torch.tensor(self._tokens[first : first + len(master)])[:, None]
+        targets = torch.tensor(self._tokens[first : first + len(master)], device=master.device)[:, None]
         log_master, log_other = torch.log_softmax(master, -1), torch.log_softmax(other, -1)
         divergence = (log_master.exp() * (log_master - log_other)).sum(-1).clamp(min=0)
         loss_master, loss = -log_master.gather(1, targets)[:, 0], -log_other.gather(1, targets)[:, 0]
