@@ -140,6 +140,70 @@ def measure_quality(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -
             rows += [{**about, "metric": metric, "value": value} for metric, value in found.items()]
 
 
+def measure_flips(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Throw the switch a hundred times while requests run; see that all end, and that the memory comes back."""
+    import psutil
+
+    from inference_server.protocol import SamplingParams, Submit
+
+    ours = Ours(arguments.model, "fp32", fast=True)
+    engine, process = ours.engine, psutil.Process()
+    names = list(PRECISIONS)
+    wanted: dict[int, int] = {}
+    got: dict[int, int] = {}
+    apply_ms: list[float] = []
+
+    def load(turn: int) -> None:
+        for index in range(2):
+            handle, count = 2 * turn + index, 8 + 24 * index
+            wanted[handle] = count
+            sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+            prompt = tuple((7919 * (handle + 1) * (i + 3)) % 49_000 for i in range(24))
+            engine.submit(Submit(requests=(handle,), prompt=prompt, sampling=sampling, arrival_ns=0))
+
+    def step() -> None:
+        report, _ = engine.step()
+        for handle in report.tokens.request if report is not None else ():
+            got[handle] = got.get(handle, 0) + 1
+
+    load(0)
+    while engine.has_work():
+        step()
+    start = process.memory_info().rss
+    for turn in range(1, 101):
+        load(turn)
+        step()
+        (applied, *_) = engine.set_features(0, PRECISIONS[names[turn % len(names)]]) or [None]
+        while applied is None:
+            step()
+            applied = next((news for news in engine.take_news() if hasattr(news, "apply_ns")), None)
+        apply_ms.append(applied.apply_ns / 1e6)
+        step()
+    held = process.memory_info().rss
+    while engine.has_work():
+        step()
+    engine.check_integrity()
+    assert got == wanted, "a request is incomplete"
+    switch(engine, PRECISIONS["master"])
+    packed = engine.weights.nbytes
+    freed = engine.weights.drop()
+    end = process.memory_info().rss
+    print(
+        f"\n100 flips under load: {len(wanted)} requests, none lost; a flip took {statistics.median(apply_ms):.2f} ms "
+        f"(median; longest {max(apply_ms):.2f}). Resident memory {start / 1e6:.0f} MB before, {held / 1e6:.0f} MB with "
+        f"{packed / 1e6:.0f} MB of copies, {end / 1e6:.0f} MB after {freed / 1e6:.0f} MB were dropped."
+    )
+    for metric, value, unit in (
+        ("flip_ms", statistics.median(apply_ms), "ms"),
+        ("flip_ms_max", max(apply_ms), "ms"),
+        ("rss_before", start, "byte"),
+        ("rss_with_copies", held, "byte"),
+        ("rss_after", end, "byte"),
+        ("packed_bytes", packed, "byte"),
+    ):
+        rows.append({"subject": "100 flips", "metric": metric, "value": value, "unit": unit, "spread": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -150,6 +214,7 @@ def main() -> None:
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--gptq", action="store_true", help="with --quality")
+    parser.add_argument("--flips", action="store_true", help="100 switches under load, and the memory afterwards")
     parser.add_argument("--text", help="file to measure quality on, in place of the built-in text")
     parser.add_argument("--peer-python", action="append", default=[], metavar="llama.cpp=PYTHON")
     parser.add_argument("--gguf", action="append", default=[], help="model files for llama.cpp")
@@ -160,6 +225,8 @@ def main() -> None:
         measure_speed(arguments, rows)
     if arguments.quality:
         measure_quality(arguments, rows)
+    if arguments.flips:
+        measure_flips(arguments, rows)
     if arguments.no_record:
         return
     from inference_server.engine.cpu.choices import cpu_model

@@ -16,15 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from inference_server.engine.llama import Architecture, Layer
-from inference_server.engine.quantization.packing import (
-    PackedMatrix,
-    Rounded,
-    Scheme,
-    grid_of,
-    nearest,
-    pack,
-    round_to_nearest,
-)
+from inference_server.engine.quantization.packing import Rounded, Scheme, grid_of, nearest, round_to_nearest
 
 WINDOW = 256
 """Tokens of a calibration sequence."""
@@ -116,7 +108,7 @@ def round_model(
     tokens: list[int],
     scheme: Scheme,
     progress: Callable[[float, str], None],
-) -> tuple[dict[int, PackedMatrix], list[LayerError]]:
+) -> tuple[dict[int, Rounded], list[LayerError]]:
     """Round the matrices of all layers, from the first to the last.
 
     Parameters
@@ -131,7 +123,7 @@ def round_model(
     Returns
     -------
     tuple
-        Packed matrices by the address of the master's, and each one's error.
+        Rounded matrices by the address of the master's, and each one's error.
 
     Raises
     ------
@@ -142,7 +134,7 @@ def round_model(
     if not count:
         raise ValueError(f"the calibration text has {len(tokens)} tokens; it needs {WINDOW} at least")
     ids = torch.tensor(tokens[: count * WINDOW]).view(count, WINDOW)
-    packed: dict[int, PackedMatrix] = {}
+    solved: dict[int, Rounded] = {}
     errors: list[LayerError] = []
     steps = 4 * len(architecture.layers)
 
@@ -159,14 +151,14 @@ def round_model(
                 output_error(weight, round_to_nearest(weight, fitted), moment),
             )
         )
-        packed[weight.data_ptr()] = pack(result)
+        solved[weight.data_ptr()] = result
         return inputs @ result.dequantize().T
 
     with torch.inference_mode():
         x = architecture.embedding[ids].float()
         for number, layer in enumerate(architecture.layers):
             x = run_layer(architecture, layer, x, lambda name, *rest, at=number: rounded(f"layers.{at}.{name}", *rest))
-    return packed, errors
+    return solved, errors
 
 
 Multiply = Callable[[str, Tensor, Tensor], Tensor]

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from inference_server.engine.llama import Architecture
+from inference_server.engine.memory import give_free_memory_back
 from inference_server.engine.quantization import gptq
 from inference_server.engine.quantization.gptq import LayerError
 from inference_server.engine.quantization.packing import (
     BLOCK,
+    TILE,
     PackedMatrix,
     Rounded,
     Scheme,
@@ -34,6 +36,8 @@ from inference_server.features import FeatureError, Features
 from inference_server.protocol import Notice, TaskProgress
 
 TASK = "packing weights"
+ALIGNMENT = 64
+"""Where in memory a packed matrix begins, in bytes."""
 TIED_TO = "model.embed_tokens.weight"
 """What the output layer is called in a file where it is the embedding."""
 HEAD_OF_INT4 = Scheme(8, 32)
@@ -308,6 +312,7 @@ class WeightVariants:
         """Give the memory of all variants back that are not in use; return how many bytes that were."""
         before = self.nbytes
         self._kept = {weights: each for weights, each in self._kept.items() if each is self.in_use}
+        give_free_memory_back()
         return before - self.nbytes
 
     # -- private -------------------------------------------------------------------------------------------------------
@@ -342,6 +347,7 @@ class WeightVariants:
             self._report(TaskProgress(TASK, 1.0, "failed"))
         else:
             self._kept[weights] = variant
+            give_free_memory_back()
             self._report(TaskProgress(TASK, 1.0, f"{weights.label} is ready"))
 
     def _build(self, weights: WeightFormat, progress: PackingProgress, cancelled: threading.Event) -> Variant:
@@ -356,11 +362,23 @@ class WeightVariants:
                 told = fraction
                 progress(min(fraction, 0.99), f"{weights.label} {what}".strip())
 
+        # One piece of memory: many small ones would leave holes that the system does not get back.
+        sizes = [-(-matrix.packed_bytes(weights) // ALIGNMENT) * ALIGNMENT for matrix in self.matrices]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        parts: list[Tensor] = list(torch.split(memory, sizes))
+        places = {matrix.weight.data_ptr(): part for matrix, part in zip(self.matrices, parts, strict=True)}
+
+        def room(matrix: Matrix) -> Tensor:
+            tiles = -(-matrix.weight.shape[0] // TILE)
+            return places[matrix.weight.data_ptr()][: matrix.packed_bytes(weights)].view(tiles, -1)
+
         if weights.gptq:
             assert self._architecture is not None
-            variant.packed, variant.errors = gptq.round_model(
-                self._architecture, self._calibration or [], weights.body, tell
-            )
+            solved, variant.errors = gptq.round_model(self._architecture, self._calibration or [], weights.body, tell)
+            for matrix in self.matrices:
+                rounded = solved.get(matrix.weight.data_ptr())
+                if rounded is not None:
+                    variant.packed[matrix.weight.data_ptr()] = pack(rounded, room(matrix))
         files = WeightFiles(self._folder)
         left = [matrix for matrix in self.matrices if variant.of(matrix.weight) is None]
         total = sum(matrix.weight.numel() for matrix in left)
@@ -369,7 +387,8 @@ class WeightVariants:
             tell(done / total)
             scheme = (weights.head if matrix.head else weights.body).fitted(matrix.weight.shape[1])
             given = matrix.as_given(scheme, self._given)
-            packed = quantize(files.finer(matrix), scheme) if given is None else pack(given)
+            into = room(matrix)
+            packed = quantize(files.finer(matrix), scheme, into) if given is None else pack(given, into)
             variant.packed[matrix.weight.data_ptr()] = packed
             done += matrix.weight.numel()
         return variant
