@@ -44,6 +44,15 @@ class Quantization:
         rows = [{name: value for name, value in row.items() if name != "worst"} for row in self.status["results"]]
         return pd.DataFrame(rows)
 
+    @property
+    def speeds(self) -> pd.DataFrame:
+        """Median time of the newest decode steps, one row for each path and one column for each batch size, in ms.
+
+        The path names the weights: ``"fast-cpu fp32 int8"``, and nothing after the dtype for the master.
+        """
+        steps = pd.DataFrame(self.status["measured_steps"], columns=["path", "batch", "median_ms", "steps"])
+        return steps.pivot_table(index="path", columns="batch", values="median_ms")
+
     def worst(self, label: str) -> pd.DataFrame:
         """Where a precision differs most from the master, worst first, in the newest result with that label."""
         found = [row for row in self.status["results"] if row["label"] == label]

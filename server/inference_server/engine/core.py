@@ -903,6 +903,8 @@ class Engine:
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before
         self._busy_since_ns = end
+        if plan.use_cache and len(plan.items) == plan.num_tokens:
+            self.precision.note_step(flight.path, len(plan.items), end - begin)
         event = self._step_event(flight, begin, end, phases, device_ns)
         report = StepReport(
             step=event,

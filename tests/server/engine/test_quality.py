@@ -194,6 +194,11 @@ def test_the_memory_of_everything_is_told(folder: Path) -> None:
     engine.set_features(1, {"weight_precision": "int8"})
     engine.weights.wait()
     engine.take_news()
+    submit(engine, 0, [5, 6, 7], max_tokens=20, **GREEDY)
+    run(engine)
+    (steps,) = engine.precision.status()["measured_steps"]
+    assert (steps["path"], steps["batch"], steps["steps"]) == ("fast-cpu fp32 int8", 1, 19), "the prompt's is no decode"
+    assert steps["median_ms"] > 0
     (variant,) = engine.precision.status()["variants"]
     assert engine.precision.memory()["packed"] == variant["bytes"] > 0
     assert variant["predicted_speedup"] > 2

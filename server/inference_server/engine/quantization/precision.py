@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ NAMES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding", "kv_cac
 """Switches that have a price in quality."""
 MAX_TEXT = 200_000
 """Characters of a text of the user's own."""
+STEPS = 64
+"""Steps of each path and batch size whose times are kept, the newest."""
 RESULTS = 32
 """Results that are kept, the newest."""
 
@@ -56,6 +60,7 @@ class Precision:
         self._calibration = "built-in"
         self._failure = ""
         self._number = 0
+        self._step_ns: dict[str, dict[int, deque[int]]] = {}
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -84,6 +89,11 @@ class Precision:
             "memory": self.memory(),
             "baseline": engine.loaded.located.quantized_source,
             "calibration": self._calibration,
+            "measured_steps": [
+                {"path": path, "batch": batch, "median_ms": statistics.median(taken) / 1e6, "steps": len(taken)}
+                for path, by_batch in self._step_ns.items()
+                for batch, taken in sorted(by_batch.items())
+            ],
             "results": [msgspec.to_builtins(result) for result in self._results.values()],
             "measuring": None if self._measurement is None else self._measurement.fraction,
             "waiting": self.waits,
@@ -185,6 +195,13 @@ class Precision:
             raise FeatureError("The master weights are in use; switch weight_precision to what should be saved.")
         written = checkpoint.save(engine.loaded.model, engine.weights.in_use, engine.loaded.located.path, path)
         return {"folder": str(path), "bytes": written}
+
+    def note_step(self, path: str, batch: int, taken_ns: int) -> None:
+        """Remember how long a step took in which every request had one position."""
+        by_batch = self._step_ns.setdefault(path, {})
+        if batch not in by_batch:
+            by_batch[batch] = deque(maxlen=STEPS)
+        by_batch[batch].append(taken_ns)
 
     # -- weights for others --------------------------------------------------------------------------------------------
 
