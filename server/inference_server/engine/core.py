@@ -192,10 +192,16 @@ class Engine:
     loaded : LoadedModel
     compilation : Compilation, optional
         Of the CPU kernels, where it was started beforehand.
+    progress : callable, optional
+        Told how far weights are packed that the first settings ask for.
     """
 
     def __init__(
-        self, config: EngineConfig, loaded: LoadedModel, compilation: fast_path.Compilation | None = None
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        compilation: fast_path.Compilation | None = None,
+        progress: Progress = lambda *_: None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -277,7 +283,7 @@ class Engine:
         self.precision = Precision(self)
         """Measures what a precision costs."""
         self._deferred: _Deferred | None = None
-        self._start_weights()
+        self._start_weights(progress)
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
 
@@ -300,7 +306,7 @@ class Engine:
         progress("reserving the KV cache", 0.95, "")
         if compilation is not None and compilation.running:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
-        return cls(config, loaded, compilation)
+        return cls(config, loaded, compilation, progress)
 
     @property
     def cache(self) -> KVCache:
@@ -635,12 +641,12 @@ class Engine:
             return [applied]
         return [applied, FeaturesSettled(self.epoch, applied.applied_at_ns)]
 
-    def _start_weights(self) -> None:
+    def _start_weights(self, progress: Progress) -> None:
         """Read the weights that the first settings ask for."""
         wanted = format_of(self.features)
         if wanted is not None:
             self.precision.calibrate_where_needed(wanted)
-            self.weights.build(wanted)
+            self.weights.build(wanted, lambda fraction, what: progress("packing weights", fraction, what))
             self._read(wanted)
         self.work = self._step_work()
 

@@ -184,6 +184,17 @@ def test_gptq_is_a_switch_with_a_text_of_the_users_own(folder: Path) -> None:
         engine.precision.calibrate("too short")
 
 
+def test_an_engine_that_starts_in_a_precision_tells_how_far_packing_is(folder: Path) -> None:
+    told: list[tuple[str, float | None]] = []
+    features: dict[str, Any] = {"weight_precision": "int4", "int4_grid": "symmetric", "int4_rounding": "gptq"}
+    config = EngineConfig(model=str(folder), kv_bytes=1 << 20, features=features)
+    engine = Engine.load(config, lambda stage, fraction, _: told.append((stage, fraction)))
+    assert engine.precision.status()["in_use"] == "int4 g32 symmetric gptq"
+    fractions = [fraction for stage, fraction in told if stage == "packing weights" and fraction is not None]
+    assert len(fractions) >= 8
+    assert 0 <= min(fractions) < 0.5 < max(fractions) < 1
+
+
 def test_the_memory_of_everything_is_told(folder: Path) -> None:
     engine = engine_of(folder)
     before = engine.precision.memory()
