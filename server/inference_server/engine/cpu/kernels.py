@@ -43,6 +43,8 @@ OP_WIDTH = 16
 """Integers in one row of a program."""
 
 NATIVE_BF16 = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+LOOKS_UP = bool(llvm.get_host_cpu_features().get("avx512f", False))
+"""Whether one instruction looks 16 numbers up in a register: the 16 values on a 4-bit group's grid are made once."""
 
 # Operation codes, and what columns 1… of their row mean.
 OP_EMBED = 0  # table, out (float32), width, bf16
@@ -591,7 +593,7 @@ class _Packed:
         self.header = _i64(TILE_N * size) if bits == 8 else builder.select(symmetric, _i64(16), _i64(32))
 
     def parameters(self, group: Any) -> tuple[list[Any], list[Any]]:
-        """Scale and offset of each column, broadcast; no offsets in 8 bits."""
+        """Scale and offset of each column, broadcast; or all values on its grid, and then, as in 8 bits, no offsets."""
         builder = self.builder
         scales = self._numbers(builder.add(group, self.scales_at))
         if self.bits == 8:
@@ -603,6 +605,12 @@ class _Packed:
         below = builder.fneg(builder.fmul(zero, scales))
         offsets = builder.select(builder.icmp_signed("==", self.kind, _i64(GRID_MINIMUM)), second, below)
         columns = range(self.columns)
+        if LOOKS_UP:
+            every = ir.Constant(_vector, [float(value) for value in range(LANES)])
+            return [
+                _call_vector(builder, "llvm.fma", self._spread(scales, j), every, self._spread(offsets, j))
+                for j in columns
+            ], []
         return [self._spread(scales, j) for j in columns], [self._spread(offsets, j) for j in columns]
 
     def weights(self, block: Any, column: int, scale: Any, offset: Any) -> Any:
@@ -620,6 +628,12 @@ class _Packed:
             values = [builder.fmul(builder.sitofp(each, _vector), scale) for each in halves]
         else:
             both = builder.zext(builder.load(builder.inttoptr(address, bytes16.as_pointer()), align=1), wide)
+            if LOOKS_UP:  # it takes the lowest four bits and ignores the others
+                values = [
+                    _look_up(builder, scale, each)
+                    for each in (both, builder.lshr(both, ir.Constant(wide, [4] * LANES)))
+                ]
+                return _round_pairs(builder, *values) if self.bf16 and NATIVE_BF16 else values
             low = builder.and_(both, ir.Constant(wide, [15] * LANES))
             high = builder.lshr(both, ir.Constant(wide, [4] * LANES))
             values = [
@@ -636,6 +650,13 @@ class _Packed:
 
     def _spread(self, numbers: Any, lane: int) -> Any:
         return _shuffle(self.builder, numbers, numbers, [lane] * LANES)
+
+
+def _look_up(builder: Any, table: Any, places: Any) -> Any:
+    """Read numbers of a vector at the places given by another's lowest four bits."""
+    kind = ir.FunctionType(_vector, [_vector, places.type])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+    return builder.call(permute, [table, places])
 
 
 def _round_pairs(builder: Any, low: Any, high: Any) -> Any:
