@@ -68,6 +68,10 @@ def serve(
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory for the KV cache, such as 512M or 4G. [default: by what is free]")
     ] = None,
+    packed_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for packed copies of the weights (int8, int4). [default: a quarter of what is free]"),
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
     draft_model: Annotated[
@@ -100,6 +104,7 @@ def serve(
         "dtype": dtype,
         "token": token,
         "kv_memory": parse_bytes(kv_memory) if kv_memory is not None else None,
+        "packed_memory": parse_bytes(packed_memory) if packed_memory is not None else None,
         "max_model_len": max_model_len,
         "threads": threads,
         "draft_model": draft_model,

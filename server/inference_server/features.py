@@ -31,6 +31,7 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache: bool = True
     kv_layout: str = "paged"
     block_size: int = 16
+    kv_cache_dtype: str = "master"
     prefix_cache_read: bool = True
     prefix_cache_write: bool = True
     batching: str = "continuous"
@@ -48,6 +49,10 @@ class Features(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graphs: bool = True
     overlap: bool = True
     compiled: bool = False
+    weight_precision: str = "master"
+    int4_group: str = "32"
+    int4_grid: str = "minimum"
+    int4_rounding: str = "nearest"
     instrumentation: str = "full"
 
     def as_dict(self) -> dict[str, FeatureValue]:
@@ -91,6 +96,19 @@ SPECS: tuple[FeatureSpec, ...] = (
         maximum=256,
         cost="recompute",
         description="Token positions per KV block. Larger blocks waste more of their last one and share less.",
+    ),
+    FeatureSpec(
+        name="kv_cache_dtype",
+        title="KV precision",
+        group="Memory",
+        kind="choice",
+        choices=("master", "int8"),
+        default="master",
+        cost="recompute",
+        description=(
+            "How keys and values are stored. master: in the type that the model computes in. int8: in 8 bits with a "
+            "scale for each position and head, so that the same memory holds a longer context or more requests."
+        ),
     ),
     FeatureSpec(
         name="prefix_cache_read",
@@ -272,6 +290,60 @@ SPECS: tuple[FeatureSpec, ...] = (
         ),
     ),
     FeatureSpec(
+        name="weight_precision",
+        title="Weight precision",
+        group="Compute",
+        kind="choice",
+        choices=("master", "int8", "int4", "int3"),
+        default="master",
+        cost="prebuilt",
+        description=(
+            "Which copy of the weights a step reads. master: as they were loaded. int8: one scale per output channel. "
+            "int4: one scale per group of weights, the output layer in 8 bits. int3: the same with 8 values in place "
+            "of 16, in the memory of 4 bits, to see what is lost. A copy is packed beside the master when "
+            "it is first asked for, while the model serves on; the switch is done when it is ready."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_group",
+        title="int4: group",
+        group="Compute",
+        kind="choice",
+        choices=("32", "64", "128"),
+        default="32",
+        cost="prebuilt",
+        description=(
+            "How many 4-bit weights share a scale. Larger groups take less memory and lose more. Where a group does "
+            "not divide a layer's width, the layer has the next smaller one that does."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_grid",
+        title="int4: grid",
+        group="Compute",
+        kind="choice",
+        choices=("minimum", "zero-point", "symmetric"),
+        default="minimum",
+        cost="prebuilt",
+        description=(
+            "Where the 16 values of a 4-bit group lie. minimum: from its smallest weight up, the grid of GGUF's Q4_1. "
+            "zero-point: moved by whole steps, zero is one of them. symmetric: around zero, nothing but a scale."
+        ),
+    ),
+    FeatureSpec(
+        name="int4_rounding",
+        title="int4: rounding",
+        group="Compute",
+        kind="choice",
+        choices=("nearest", "gptq"),
+        default="nearest",
+        cost="prebuilt",
+        description=(
+            "How 4-bit weights are rounded. nearest: each to the next value on the grid. gptq: one column after the "
+            "other on a calibration text, so that the columns that are left make up for the errors; takes minutes."
+        ),
+    ),
+    FeatureSpec(
         name="overlap",
         title="Overlap",
         group="Compute",
@@ -367,6 +439,13 @@ CONFLICTS = (
         )
         for method in SPECULATION
         if method != "off"
+    ),
+    *(
+        Conflict(
+            {"compiled": True, "weight_precision": precision},
+            "torch.compile compiles the model's own modules, which multiply with the master weights",
+        )
+        for precision in ("int8", "int4", "int3")
     ),
 )
 

@@ -31,6 +31,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Severity = Literal["info", "warning", "error"]
 TrafficState = Literal["running", "stopped"]
 RecordingState = Literal["recording", "finishing", "finished", "failed"]
+QuantizationAction = Literal["status", "measure", "cancel", "drop", "calibrate", "save"]
 Instrumentation = Literal["off", "steps", "full"]
 
 PARTS = (
@@ -204,6 +205,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     kv_bytes: int | None = None
     """Memory for the KV cache; ``None`` sizes it from what is free."""
+    packed_bytes: int | None = None
+    """Memory for packed copies of the weights; ``None`` takes a quarter of what is free at the start."""
     max_num_seqs: int = 256
     max_model_len: int | None = None
     threads: int | None = None
@@ -334,7 +337,23 @@ class MeasureCeilings(Message, frozen=True, tag="measure_ceilings"):
     """Even if the figures are known from an earlier run on the same hardware and versions."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Sleep | Wake | Ping | Shutdown
+class Quantization(Message, frozen=True, tag="quantization"):
+    """Something about precisions that is no switch. Answered by :class:`CommandDone` or :class:`CommandFailed`.
+
+    ``action`` is one of: ``status`` (what there is, what is measured, memory), ``measure`` (begin to measure quality;
+    the result appears in the status), ``cancel``, ``drop`` (give up packed copies that are not in use), ``calibrate``
+    (set GPTQ's text), ``save`` (write the weights in use as a folder). ``options`` are the arguments of that method of
+    ``engine.quantization.precision.Precision``.
+    """
+
+    correlation: int
+    action: QuantizationAction
+    options: dict[str, Any] = {}
+
+
+ToEngine = (
+    Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Quantization | Sleep | Wake | Ping | Shutdown
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,6 +565,8 @@ class FeaturesApplied(Message, frozen=True, tag="features_applied", kw_only=True
     """Positions that have to be computed again before the preempted requests go on."""
     work: StepWork | None = None
     """What a step has to read and compute from now on, where that is known."""
+    max_model_len: int | None = None
+    """Longest text from now on, where it may have changed."""
 
 
 class FeaturesSettled(Message, frozen=True, tag="features_settled"):

@@ -35,6 +35,7 @@ from inference_workbench.errors import (
     WorkbenchError,
 )
 from inference_workbench.progress import ProgressLine
+from inference_workbench.quantization import Quantization
 from inference_workbench.recordings import Recorded, Recordings
 from inference_workbench.run import Run
 from inference_workbench.servers import Server, find_or_start
@@ -156,6 +157,8 @@ class Workbench:
         self.telemetry = Telemetry(lambda: self._server.endpoint, self.store)
         """The background connection that feeds the store."""
         self._features = Switches(self._call, self.store)
+        self.quantization = Quantization(self._call)
+        """What a precision costs in quality and memory: ``wb.quantization.measure(weight_precision="int8")``."""
         self.traffic = Traffic(self._call)
         """Requests that the server sends to itself: ``wb.traffic.start("chat", concurrency=8)``."""
         self.recordings = Recordings(self._call, lambda: self._http)
@@ -460,17 +463,17 @@ class Workbench:
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, path: str, json: Any = None) -> Any:
+    def _call(self, method: str, path: str, json: Any = None, *, timeout: float = 30.0) -> Any:
         """One exchange, decoded; a server that is gone is brought back once where that is possible."""
         client = self._http
         try:
-            return checked(client.request(method, path, json=json))
+            return checked(client.request(method, path, json=json, timeout=timeout))
         except httpx.TimeoutException as error:
             raise gone(self._endpoint, error) from error
         except httpx.TransportError:  # refused, or a kept connection turns out to be dead
             self._revive(client)
         try:
-            return checked(self._http.request(method, path, json=json))
+            return checked(self._http.request(method, path, json=json, timeout=timeout))
         except httpx.TransportError as error:
             raise gone(self._endpoint, error) from error
 

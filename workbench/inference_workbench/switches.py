@@ -18,7 +18,9 @@ from inference_workbench.errors import FeatureRefusedError, RequestError
 from inference_workbench.store import EventStore
 
 Call = Callable[..., Any]
-"""``call(method, path, json=…)``: one HTTP exchange, decoded."""
+"""``call(method, path, json=…, timeout=…)``: one HTTP exchange, decoded."""
+_SWITCH_TIMEOUT_S = 900.0
+"""A switch to weights that are not packed yet waits for them."""
 
 
 class AppliedSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +205,7 @@ class Switches(MutableMapping[str, FeatureValue]):
         except FeatureError as error:
             raise FeatureRefusedError(str(error)) from None
         try:
-            answer = self._call("PATCH", "/features", json=values)
+            answer = self._call("PATCH", "/features", json=values, timeout=_SWITCH_TIMEOUT_S)
         except RequestError as error:
             raise FeatureRefusedError(str(error)) from error
         applied = msgspec.convert(answer, AppliedSwitch)

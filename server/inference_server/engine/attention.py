@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,10 +28,10 @@ NAME = "inference_workbench_paged"
 
 
 class PagedKVTensors:
-    """Keys and values of every layer, ``[num_blocks, block_size, num_kv_heads, head_dim]`` each.
+    """Keys and values of every layer, ``[slots, num_kv_heads, head_dim]`` each.
 
-    Layers may differ in heads and head size; each is allocated when the load-time check first sees it, through
-    :meth:`reserve`.
+    Layers may differ in heads and head size; all are allocated by :meth:`reserve`. The same memory can hold them in 8
+    bits (:meth:`store_as`): integers with a float32 scale for each position and head, and so more positions.
     """
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -40,6 +41,10 @@ class PagedKVTensors:
         self.dtype = dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.key_scales: list[Tensor] = []
+        """float32 ``[slots, num_kv_heads]`` of each layer; empty unless keys and values are stored in 8 bits."""
+        self.value_scales: list[Tensor] = []
+        self._master: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._host: dict[int, list[Tensor]] = {}
 
     def reserve(self, shapes: list[tuple[int, int, int]]) -> None:
@@ -49,6 +54,53 @@ class PagedKVTensors:
         self.values = [
             torch.zeros(slots, heads, size, device=self.device, dtype=self.dtype) for heads, _, size in shapes
         ]
+        self._master = self.keys, self.values
+
+    @property
+    def int8(self) -> bool:
+        """Whether keys and values are stored in 8 bits."""
+        return bool(self.key_scales)
+
+    @property
+    def whole(self) -> list[Tensor]:
+        """The memory of all keys and values, whatever it is used as."""
+        return [*self._master[0], *self._master[1]]
+
+    def store_as(self, *, int8: bool) -> None:
+        """Use the memory for keys and values in 8 bits, or in the model's own type again; what it held is lost."""
+        self.keys, self.values = self._master
+        self.key_scales, self.value_scales = [], []
+        if not int8:
+            return
+        slots = int8_slots(
+            self.num_blocks * self.block_size, self.dtype, [(each.shape[1], each.shape[2]) for each in self.whole]
+        )
+        keys, values = ([_in_8_bits(tensor, slots) for tensor in part] for part in self._master)
+        self.keys, self.key_scales = [each for each, _ in keys], [scales for _, scales in keys]
+        self.values, self.value_scales = [each for each, _ in values], [scales for _, scales in values]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values, each ``[positions, num_kv_heads, head_dim]``, in ``slots`` of a layer."""
+        if not self.int8:
+            self.keys[layer].index_copy_(0, slots, keys.to(self.dtype))
+            self.values[layer].index_copy_(0, slots, values.to(self.dtype))
+            return
+        for cache, scales, new in (
+            (self.keys[layer], self.key_scales[layer], keys),
+            (self.values[layer], self.value_scales[layer], values),
+        ):
+            scale = new.float().abs().amax(-1) / 127
+            inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+            cache.index_copy_(0, slots, (new.float() * inverse[..., None]).round().to(torch.int8))
+            scales.index_copy_(0, slots, scale)
+
+    def read(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values in ``slots`` of a layer, each ``[*slots, num_kv_heads, head_dim]``, as ``dtype``."""
+        keys, values = self.keys[layer][slots], self.values[layer][slots]
+        if not self.int8:
+            return keys.to(dtype), values.to(dtype)
+        key_scales, value_scales = self.key_scales[layer][slots][..., None], self.value_scales[layer][slots][..., None]
+        return (keys * key_scales).to(dtype), (values * value_scales).to(dtype)
 
     def transfer(self, transfers: list[Transfer]) -> None:
         """Carry out copies between blocks and to and from host memory, in the order given.
@@ -59,26 +111,51 @@ class PagedKVTensors:
         while transfers:
             match transfers[0]:
                 case Copy(source, destination):
-                    for cache in (*self.keys, *self.values):
+                    for cache in self._parts():
                         cache[destination * size : (destination + 1) * size] = cache[
                             source * size : (source + 1) * size
                         ]
                 case SwapOut(handle, blocks, length):
                     slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
-                    self._host[handle] = [cache[slots].to("cpu") for cache in (*self.keys, *self.values)]
+                    self._host[handle] = [cache[slots].to("cpu") for cache in self._parts()]
                 case SwapIn(handle, blocks, length):
                     slots = torch.from_numpy(slots_of(blocks, length, size)).to(self.device)
-                    for cache, saved in zip((*self.keys, *self.values), self._host[handle], strict=True):
+                    for cache, saved in zip(self._parts(), self._host[handle], strict=True):
                         cache.index_copy_(0, slots, saved.to(self.device))
                     del self._host[handle]
                 case SwapDiscard(handle):
                     self._host.pop(handle, None)
             del transfers[0]
 
+    def _parts(self) -> tuple[Tensor, ...]:
+        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+
     @property
     def swapped_bytes(self) -> int:
         """Host memory that preempted requests occupy."""
         return sum(tensor.nbytes for saved in self._host.values() for tensor in saved)
+
+
+def int8_slots(slots: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> int:
+    """How many positions the memory of ``slots`` positions holds in 8 bits with a float32 scale for each head.
+
+    Parameters
+    ----------
+    slots : int
+    dtype : torch.dtype
+        What the memory was allocated for.
+    shapes : iterable of tuple
+        (KV heads, head size) of every key and value.
+    """
+    return min(slots * size * dtype.itemsize // (size + 4) for _, size in shapes)
+
+
+def _in_8_bits(tensor: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The memory of a tensor as integers and their scales."""
+    _, heads, size = tensor.shape
+    memory = tensor.view(-1).view(torch.int8)
+    scales = memory[: 4 * slots * heads].view(torch.float32).view(slots, heads)
+    return memory[4 * slots * heads :][: slots * heads * size].view(slots, heads, size), scales
 
 
 @dataclass(slots=True)
@@ -170,21 +247,18 @@ def paged_attention(
     q = query[0].transpose(0, 1)  # [T, H, D]
     k = key[0].transpose(0, 1)
     v = value[0].transpose(0, 1)
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    layer = cast("int", module.layer_idx)
     output = torch.empty(q.shape[0], q.shape[1], v.shape[2], device=q.device, dtype=q.dtype)
     if context.tensors is not None and context.write_slots is not None:
-        layer = cast("int", module.layer_idx)
-        keys, values = context.tensors.keys[layer], context.tensors.values[layer]
-        keys.index_copy_(0, context.write_slots, k.to(keys.dtype))
-        values.index_copy_(0, context.write_slots, v.to(values.dtype))
+        context.tensors.write(layer, context.write_slots, k, v)
         if context.decode_rows is not None and context.decode_slots is not None:
             rows, slots = context.decode_rows, context.decode_slots
             mask = _decode_mask(context, sliding_window)
+            keys, values = context.tensors.read(layer, slots, q.dtype)
             output[rows] = _attend(
                 q[rows].unsqueeze(2),
-                keys[slots].transpose(1, 2).to(q.dtype),
-                values[slots].transpose(1, 2).to(q.dtype),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
                 mask,
                 scaling,
                 softcap,
@@ -192,10 +266,10 @@ def paged_attention(
             ).squeeze(2)
     for segment in context.segments:
         rows_ = slice(segment.offset, segment.offset + segment.count)
-        if segment.slots is None or keys is None or values is None:
+        if segment.slots is None or context.tensors is None:
             k_, v_ = k[rows_], v[rows_]
         else:
-            k_, v_ = keys[segment.slots].to(q.dtype), values[segment.slots].to(q.dtype)
+            k_, v_ = context.tensors.read(layer, segment.slots, q.dtype)
         mask = _causal_mask(context, segment.start, segment.count, sliding_window, q.device)
         attended = _attend(
             q[rows_].transpose(0, 1).unsqueeze(0),

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from inference_server import features as feature_rules
 from inference_server.engine import compiled, loader, rejection, sampler
-from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.attention import PagedKVTensors, int8_slots
+from inference_server.engine.block_pool import ROOT_HASH
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
 from inference_server.engine.memory import available_host_bytes, is_out_of_memory
+from inference_server.engine.quantization.precision import Precision
+from inference_server.engine.quantization.variants import WeightFormat, WeightVariants, format_of
 from inference_server.engine.rejection import Verified
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
-from inference_server.engine.runner import ModelRunner, Runner
+from inference_server.engine.runner import ModelRunner, Runner, WeightReader
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
@@ -40,6 +43,7 @@ from inference_server.models import heads, locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
     Capacity,
+    CommandFailed,
     EngineConfig,
     FeaturesApplied,
     FeatureSpec,
@@ -55,6 +59,7 @@ from inference_server.protocol import (
     SampledTokens,
     StepEvent,
     StepReport,
+    StepWork,
     Submit,
     TaskProgress,
 )
@@ -68,11 +73,20 @@ MAX_HOST_BYTES = 8 << 30
 REQUEST_OVERRIDES = frozenset(
     {"prefix_cache_read", "prefix_cache_write", "response_cache", "speculation", "num_speculative_tokens"}
 )
+WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding")
 """Features that a request may set for itself."""
 STEPS_UNTIL_LARGER = 64
 """After memory ran out, steps of half the size are tried again after so many without trouble."""
 CPU_KV_BYTES = 1 << 30
 """KV memory on a CPU unless told otherwise: 23,000 positions of the default model in float32."""
+
+
+PACKED_SHARE = 4
+"""Packed weights may take one part in so many of the memory that is free at the start, unless told otherwise."""
+ON_CPU_ONLY = "Packed weights are for models on the CPU so far; on a GPU the model runs with its master weights."
+
+
+News = Notice | RequestFailed | TaskProgress | KvEvents | FeaturesApplied | FeaturesSettled | CommandFailed
 
 
 class RequestError(ValueError):
@@ -85,6 +99,14 @@ class _Settling:
 
     epoch: int
     requests: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Deferred:
+    """A switch that waits for weights to be packed."""
+
+    correlation: int
+    values: dict[str, bool | int | str]
 
 
 @dataclass(slots=True)
@@ -190,6 +212,8 @@ class Engine:
         A smaller model that can propose tokens.
     head : EagleHead, optional
         Made for the model, to propose tokens.
+    progress : callable, optional
+        Told how far weights are packed that the first settings ask for.
     """
 
     def __init__(
@@ -199,6 +223,7 @@ class Engine:
         compilation: fast_path.Compilation | None = None,
         draft: LoadedModel | None = None,
         head: EagleHead | None = None,
+        progress: Progress = lambda *_: None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -212,7 +237,11 @@ class Engine:
         self.gpu: GpuRunner | None = None
         """The fast path, where it is one on a GPU."""
         unavailable = {}
+        self._longest = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        """What the model, or whoever started the engine, allows; the KV memory may hold less."""
         longest = self.capacity.max_model_len
+        if loaded.device.type == "cpu":  # in 8 bits the same memory holds longer texts
+            longest = min(self._longest, self._slots(Features(kv_cache_dtype="int8")))
         try:
             if loaded.device.type == "cuda":
                 self.fast = self.gpu = gpu_path.start(loaded.model, self.runner, longest, config.max_num_seqs)
@@ -223,6 +252,9 @@ class Engine:
         no_compiler = compiled.unavailable_reason(loaded.device)
         if no_compiler is not None:
             unavailable["compiled"] = no_compiler
+        if loaded.device.type != "cpu":
+            unavailable |= dict.fromkeys(WEIGHT_FEATURES, ON_CPU_ONLY)
+            unavailable["kv_cache_dtype"] = "8-bit keys and values are for models on the CPU so far."
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
@@ -239,21 +271,32 @@ class Engine:
             cuda_graphs=self.gpu is not None,
             overlap=self.gpu is not None,
         )
+        self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
+        self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
         self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
-        self._specs = {spec.name: spec for spec in self.specs}
+        self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
-        self._news: list[Notice | RequestFailed] = []
         self.features = self._first_features(defaults)
+        budget = config.packed_bytes
+        self.weights = WeightVariants(
+            loaded.model,
+            None if self.fast is None else self.fast.architecture,
+            available_host_bytes() // PACKED_SHARE if budget is None else budget,
+            self._progress.put,
+            loaded.rounded,
+            loaded.located.path,
+        )
+        """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
         self.scheduler = Scheduler(self._new_cache(self.features), loaded.eos_token_ids)
-        tensors.block_size = self.features.block_size
+        self._lay_out(self.features)
         self.requests: dict[int, Request] = {}
         self._arrivals = 0
         self._settling: list[_Settling] = []
         self._responses = ResponseCache()
         self._grammars = Grammars(loaded.located.path, loaded.config.vocab_size, loaded.eos_token_ids)
         self._replays: list[tuple[Request, Answer]] = []
-        self.work = step_work(loaded)
+        self.work: StepWork | None = None
         """What a step has to read and compute with the weights in use."""
         self.telemetry_ns = 0
         """What building telemetry has cost the engine's thread."""
@@ -266,7 +309,10 @@ class Engine:
         self.asleep = False
         """Its memory was given back; requests wait."""
         self._memory = _MemoryLimit()
-        self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
+        self.precision = Precision(self)
+        """Measures what a precision costs."""
+        self._deferred: _Deferred | None = None
+        self._start_weights(progress)
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
 
@@ -294,7 +340,7 @@ class Engine:
             progress("compiling the CPU kernels", 0.96, "once on this machine")
         folder = Path(config.eagle_head) if config.eagle_head is not None else heads.packaged(located)
         head = eagle_head.load(folder) if folder is not None else None
-        return cls(config, loaded, compilation, draft, head)
+        return cls(config, loaded, compilation, draft, head, progress)
 
     def _first_features(self, defaults: Features) -> Features:
         """The features to start with: what was asked for, but for what this model cannot do.
@@ -302,14 +348,14 @@ class Engine:
         A model may be loaded while switches stand as they did for another one.
         """
         try:
-            return feature_rules.apply(defaults, self.config.features, self._specs)
+            return feature_rules.apply(defaults, self.config.features, self.specs_by_name)
         except FeatureError:
             features = defaults
         refused = dict(self.config.features)
         for last in (False, True):  # what one excludes another may allow, later in the list
             for name, value in list(refused.items()):
                 try:
-                    features = feature_rules.apply(features, {name: value}, self._specs)
+                    features = feature_rules.apply(features, {name: value}, self.specs_by_name)
                     del refused[name]
                 except FeatureError as error:
                     if last:
@@ -325,13 +371,34 @@ class Engine:
         return self.scheduler.cache
 
     def _new_cache(self, features: Features) -> KVCache:
-        slots = self.capacity.num_blocks * self.capacity.block_size
-        host_blocks = self._host_bytes // (self.capacity.kv_bytes_per_token * features.block_size)
+        slots = self._slots(features)
+        host_blocks = self._host_bytes // (self._kv_bytes_per_token(features) * features.block_size)
         cache = KVCache(slots // features.block_size, features.block_size, host_blocks)
         cache.contiguous = features.kv_layout == "contiguous"
+        if self.weights.in_use is not None:
+            cache.root = self.weights.in_use.label.encode()
         if features.instrumentation == "full":
             cache.pool.listen()
         return cache
+
+    def _slots(self, features: Features) -> int:
+        """Positions that the KV memory holds."""
+        slots = self.capacity.num_blocks * self.capacity.block_size
+        if features.kv_cache_dtype == "master":
+            return slots
+        shapes = [(heads, size) for heads, key, value in self.loaded.kv_shapes for size in (key, value)]
+        return int8_slots(slots, self.loaded.dtype, shapes)
+
+    def _kv_bytes_per_token(self, features: Features) -> int:
+        """Memory of one position in all layers."""
+        if features.kv_cache_dtype == "master":
+            return self.loaded.kv_bytes_per_token
+        return sum(heads * (key + value + 8) for heads, key, value in self.loaded.kv_shapes)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest text that can be served as things are: of prompt and answer together."""
+        return min(self._longest, self._slots(self.features) // self.features.block_size * self.features.block_size)
 
     # -- what is served ------------------------------------------------------------------------------------------------
 
@@ -405,7 +472,7 @@ class Engine:
         RequestError
             If it could never be served as asked.
         """
-        sampling, limit = message.sampling, self.capacity.max_model_len
+        sampling, limit = message.sampling, self.max_model_len
         if not message.prompt:
             raise RequestError("the prompt is empty; it needs at least one token")
         if min(message.prompt) < 0 or max(message.prompt) >= self.loaded.config.vocab_size:
@@ -465,7 +532,7 @@ class Engine:
                 allowed = ", ".join(sorted(REQUEST_OVERRIDES))
                 raise RequestError(f"a request cannot set the feature {name!r} for itself; it can set {allowed}")
             try:
-                checked[name] = feature_rules.validate(name, value, self._specs)
+                checked[name] = feature_rules.validate(name, value, self.specs_by_name)
             except FeatureError as error:
                 raise RequestError(str(error)) from error
         return checked
@@ -513,15 +580,28 @@ class Engine:
             return bool(self._landed)
         return bool(self._replays or self._landed) or self._flight is not None or self.scheduler.has_work()
 
-    def take_news(self) -> list[Notice | RequestFailed | TaskProgress | KvEvents]:
-        """Return what happened since the last call beside tokens: memory that ran out, requests ended by it."""
-        news: list[Notice | RequestFailed | TaskProgress | KvEvents] = [*self._news]
+    def take_news(self) -> list[News]:
+        """Return what happened since the last call beside tokens.
+
+        That is memory that ran out, requests ended by it, how far tasks are, and switches that waited for weights.
+        """
+        self._take_up_deferred()
+        news: list[News] = [*self._news]
         self._news.clear()
         if not self.has_work() and (kv := _kv_events(self.scheduler.step, self._take_kv_events())):
             news.append(kv)  # no step will come to report them: after a cancellation, or a switch of the layout
         while not self._progress.empty():
             news.append(self._progress.get())
         return news
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Whether a switch or a measurement waits until weights are packed; :meth:`take_news` then completes it."""
+        return self._deferred is not None or self.precision.waits
+
+    def tell(self, news: TaskProgress | Notice) -> None:
+        """Add to what :meth:`take_news` returns; from any thread."""
+        self._progress.put(news)
 
     # -- sleep ---------------------------------------------------------------------------------------------------------
 
@@ -539,11 +619,13 @@ class Engine:
             raise SleepError("The engine is asleep already; wake it to use it.")
         if self._compilation is not None and self._compilation.running:
             raise SleepError("The model is being compiled, which needs its weights; let the engine sleep after that.")
+        if self.weights.packing:
+            raise SleepError("Weights are being packed; let the engine sleep after that.")
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
         weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers(), *self._proposers.weights]
-        host_bytes = self._sleeper.release(weights, [*tensors.keys, *tensors.values, *self._proposers.caches])
+        host_bytes = self._sleeper.release(weights, [*tensors.whole, *self._proposers.caches])
         self.speculation.forget()
         self._restart_cache(self.features)
         if self.gpu is not None:
@@ -573,20 +655,30 @@ class Engine:
     ) -> list[FeaturesApplied | FeaturesSettled]:
         """Apply a switch between two steps.
 
+        A switch to weights that are not packed yet waits for them: nothing is returned, the engine serves on as it is,
+        and :meth:`take_news` has the answer once the weights are ready. A later switch of the weights takes its place.
+
         Raises
         ------
         FeatureError
             If a value is refused; then nothing was changed.
         """
         begin = time.monotonic_ns()
-        after = feature_rules.apply(self.features, values, self._specs)
+        after = feature_rules.apply(self.features, values, self.specs_by_name)
         names = feature_rules.changed(self.features, after)
+        if not values.keys().isdisjoint(WEIGHT_FEATURES):
+            self._supersede()
+        if not self.weights.ready(format_of(after)):
+            self.precision.prepare(after)
+            self._deferred = _Deferred(correlation, values)
+            return []
         interrupted: set[int] = set()
         lost = 0
         if not self._recompute_features.isdisjoint(names):
             self._land()
             interrupted = {request.handle for request in self.scheduler.running}
             lost = self._restart_cache(after)
+        self._change_weights(after)
         self.features = after
         self.speculation.switched(names)
         self._compile_where_asked()
@@ -601,19 +693,79 @@ class Engine:
             epoch=self.epoch,
             values=after.as_dict(),
             changed=names,
-            cost=feature_rules.cost_of(names, self._specs),
+            cost=feature_rules.cost_of(names, self.specs_by_name),
             apply_ns=time.monotonic_ns() - begin,
             applied_at_ns=time.monotonic_ns(),
             preempted=len(interrupted),
             recompute_tokens=lost,
         )
         if applied.cost != "free":  # other weights, or another cache, may be in use now
-            self.work = step_work(self.loaded)
-            applied = msgspec.structs.replace(applied, work=self.work)
+            self.work = self._step_work()
+            applied = msgspec.structs.replace(applied, work=self.work, max_model_len=self.max_model_len)
         if interrupted:
             self._settling.append(_Settling(self.epoch, interrupted))
             return [applied]
         return [applied, FeaturesSettled(self.epoch, applied.applied_at_ns)]
+
+    def _start_weights(self, progress: Progress) -> None:
+        """Read the weights that the first settings ask for."""
+        wanted = format_of(self.features)
+        if wanted is not None:
+            self.precision.calibrate_where_needed(wanted)
+            self.weights.build(wanted, lambda fraction, what: progress("packing weights", fraction, what))
+            self._read(wanted)
+        self.work = self._step_work()
+
+    def _step_work(self) -> StepWork | None:
+        work = step_work(self.loaded, self.weights.in_use)
+        if work is None:
+            return None
+        return msgspec.structs.replace(work, kv_bytes_per_token=self._kv_bytes_per_token(self.features))
+
+    def _change_weights(self, after: Features) -> None:
+        before, wanted = format_of(self.features), format_of(after)
+        if before == wanted:
+            return
+        self._land()
+        self._read(wanted)
+        # What was answered, or is being answered, came from other weights.
+        self._responses.clear()
+        for request in self.requests.values():
+            request.response_key = None
+
+    def _read(self, wanted: WeightFormat | None) -> None:
+        variant = self.weights.use(wanted)
+        if isinstance(self.fast, WeightReader):
+            self.fast.use(variant)
+        self.scheduler.change_weights(ROOT_HASH if variant is None else variant.label.encode())
+
+    def _supersede(self) -> None:
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            self.weights.cancel()
+            self._news.append(CommandFailed(deferred.correlation, "A later switch of the weights took its place."))
+
+    def give_up_packing(self) -> None:
+        """Stop packing weights; a switch that waits for them is refused."""
+        deferred, self._deferred = self._deferred, None
+        self.weights.cancel()
+        if deferred is not None:
+            self._news.append(CommandFailed(deferred.correlation, "Packing the weights was cancelled."))
+
+    def _take_up_deferred(self) -> None:
+        """Complete a switch whose weights are packed by now."""
+        deferred = self._deferred
+        if deferred is None or self.weights.packing:
+            return
+        self._deferred = None
+        error = self.weights.take_error()
+        if error is not None:
+            self._news.append(CommandFailed(deferred.correlation, error))
+            return
+        try:
+            self._news += self.set_features(deferred.correlation, deferred.values)
+        except FeatureError as refusal:
+            self._news.append(CommandFailed(deferred.correlation, str(refusal)))
 
     def _restart_cache(self, after: Features) -> int:
         """Go on with an empty cache laid out for ``after``; return how many positions have to be computed again."""
@@ -623,15 +775,26 @@ class Engine:
         if longest > cache.capacity_tokens:
             raise FeatureError(
                 f"with blocks of {after.block_size} positions the cache holds {cache.capacity_tokens}, fewer than the "
-                f"{longest} that a running request may need; wait for it to end, or choose a smaller block size"
+                f"{longest} that a running request may need; wait for it to end, or choose a smaller block size or "
+                "kv_cache_dtype int8"
             )
         lost = self.scheduler.replace_cache(cache)
-        self.runner.tensors.block_size = after.block_size
         self.runner.tensors.transfer(before.transfers)  # nothing but giving up what was swapped out
         before.transfers = []
+        self._lay_out(after)
         # Coming from "off" nothing was cached, but now everything that runs is computed once more.
         uncached = not self.features.kv_cache and after.kv_cache
         return sum(request.num_tokens for request in self.scheduler.running) if uncached else lost
+
+    def _lay_out(self, features: Features) -> None:
+        """Use the KV memory as ``features`` say; what it held is lost."""
+        tensors = self.runner.tensors
+        tensors.block_size = features.block_size
+        int8 = features.kv_cache_dtype == "int8"
+        if tensors.int8 != int8:
+            tensors.store_as(int8=int8)
+            if isinstance(self.fast, WeightReader):
+                self.fast.rebuild()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -734,7 +897,7 @@ class Engine:
             features=features,
             epoch=self.epoch,
             fast=runner is self.fast,
-            path=runner.label if plan.use_cache else f"{runner.label}, no KV cache",
+            path=self._path(runner, plan),
             logits=logits,
             greedy=runner.greedy,
             sampling=[item for item in plan.items if item.sample],
@@ -742,6 +905,12 @@ class Engine:
             draft_ns=self.speculation.spent_ns,
             kv_events=events,
         )
+
+    def _path(self, runner: Runner, plan: StepPlan) -> str:
+        """What step records call the code and the weights that a step ran with."""
+        variant = self.weights.in_use
+        words = runner.label if variant is None else f"{runner.label} {variant.label}"
+        return words if plan.use_cache else f"{words}, no KV cache"
 
     def _shrink(self, plan: StepPlan, features: Features, error: Exception) -> None:
         """Memory ran out while a step was launched: see that the next attempt needs less.
@@ -830,6 +999,8 @@ class Engine:
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before
         self._busy_since_ns = end
+        if plan.use_cache and len(plan.items) == plan.num_tokens:
+            self.precision.note_step(flight.path, len(plan.items), end - begin)
         event = self._step_event(flight, begin, end, phases, device_ns, accepted)
         report = StepReport(
             step=event,

@@ -67,6 +67,8 @@ class KVCache:
         self.pool = BlockPool(num_blocks, block_size)
         self.block_size = block_size
         self.contiguous = False
+        self.root = ROOT_HASH
+        """Where the hashes of prefixes begin: keys and values of other weights have another."""
         self.host_blocks = host_blocks
         self.host_blocks_used = 0
         self.transfers: list[Transfer] = []
@@ -111,7 +113,7 @@ class KVCache:
     def register(self, request: Request) -> None:
         """Make the blocks that the request has filled since the last call findable by their prefix."""
         full = request.num_computed // self.block_size
-        if full <= request.num_registered:
+        if full <= request.num_registered or request.mixed:
             return
         self._extend_hashes(request)
         for index in range(request.num_registered, full):
@@ -120,7 +122,7 @@ class KVCache:
 
     def _extend_hashes(self, request: Request) -> None:
         hashes, size, tokens = request.block_hashes, self.block_size, request.tokens
-        parent = hashes[-1] if hashes else ROOT_HASH
+        parent = hashes[-1] if hashes else self.root
         for index in range(len(hashes), len(tokens) // size):
             parent = chain_hash(parent, tokens[index * size : (index + 1) * size])
             hashes.append(parent)
@@ -185,6 +187,7 @@ class KVCache:
         full = position // self.block_size
         child.block_hashes = parent.block_hashes[:full]
         child.num_registered = min(parent.num_registered, full)
+        child.mixed = parent.mixed
 
     def mark_computed(self, request: Request, start: int, end: int) -> None:
         """Record that positions ``[start, end)`` now hold keys and values."""
@@ -199,6 +202,7 @@ class KVCache:
         request.blocks = []
         request.num_computed = 0
         request.num_registered = 0
+        request.mixed = False
         if request.swapped:
             self.host_blocks_used -= -(-request.swapped // self.block_size)
             self.transfers.append(SwapDiscard(request.handle))
@@ -213,7 +217,9 @@ class KVCache:
         if not length or self.host_blocks_used + needed > self.host_blocks:
             return False
         self.transfers.append(SwapOut(request.handle, request.blocks[:needed], length))
+        mixed = request.mixed
         self.free(request)
+        request.mixed = mixed
         self.host_blocks_used += needed
         request.swapped = length
         return True

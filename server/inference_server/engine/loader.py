@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors
+from inference_server.engine.quantization import checkpoint
+from inference_server.engine.quantization.packing import Rounded
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan
@@ -45,6 +48,8 @@ class LoadedModel:
     """(KV heads, key size, value size) of each layer."""
     eos_token_ids: tuple[int, ...]
     max_model_len: int
+    rounded: dict[str, Rounded] = field(default_factory=dict)
+    """Integers and scales of linear layers, where the folder had them."""
 
     @property
     def num_parameters(self) -> int:
@@ -104,26 +109,41 @@ def load(located: LocatedModel, device: torch.device, dtype: torch.dtype, progre
     """
     progress("reading the configuration", None, str(located.path))
     try:
-        AutoConfig.from_pretrained(located.path, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(located.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{located.path} holds no model configuration that transformers knows: {error}") from error
     progress("loading weights", 0.0, located.name)
     cast(
         "Any", transformers_logging
     ).disable_progress_bar()  # progress goes to the front; a bar in the log would hide the words before a crash
+    rounded: dict[str, Rounded] = {}
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention.NAME,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "device_map": {"": device} if device.type == "cuda" else None,
+    }
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            located.path,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            trust_remote_code=False,
-            use_safetensors=True,
-            device_map={"": device} if device.type == "cuda" else None,
-        )
-    except (OSError, ValueError) as error:
+        if checkpoint.is_compressed(config):
+            found = checkpoint.read(located.path)
+            rounded = found.rounded
+            located = replace(
+                located,
+                quantized_source=found.description,
+                notes=(f"The weights were dequantized from {found.description}: this baseline is not full precision.",),
+            )
+            del config.quantization_config  # expanded here, without the package that transformers would need for it
+            family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model: Any = family.from_pretrained(None, config=config, state_dict=found.state, **how)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(located.path, **how)
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{located.name} cannot be loaded as a causal language model: {error}") from error
     model.eval().requires_grad_(requires_grad=False)
-    return inspect(model, located, device, dtype, progress)
+    loaded = inspect(model, located, device, dtype, progress)
+    loaded.rounded = rounded
+    return loaded
 
 
 def inspect(

@@ -40,6 +40,7 @@ from inference_server.protocol import (
     Notice,
     Ping,
     Pong,
+    Quantization,
     Ready,
     RequestFailed,
     SetFeatures,
@@ -153,7 +154,7 @@ class EngineProcess:
         self._idle_since = time.monotonic()
         while True:
             idle = not engine.has_work()
-            commands = self._pending(wait=idle)
+            commands = self._pending(wait=idle and not engine.precision.has_work)
             if idle:
                 engine.woke()
             for command in commands:
@@ -191,6 +192,11 @@ class EngineProcess:
                         self._asked_to_calibrate.append(correlation)
                         if again or calibration.remembered(key) is None:
                             self._calibrate(engine)
+                    case Quantization(correlation, action, options):
+                        try:
+                            self._emit(CommandDone(correlation, getattr(engine.precision, action)(**options)))
+                        except FeatureError as error:
+                            self._emit(CommandFailed(correlation, str(error)))
                     case Shutdown():
                         for failed in engine.fail_all("the engine was stopped"):
                             self._emit(failed)
@@ -200,6 +206,9 @@ class EngineProcess:
             for told in engine.take_news():
                 self._emit(told)
             if not engine.has_work():
+                if engine.precision.has_work and not engine.asleep:
+                    engine.precision.advance()
+                    continue
                 if not commands and not engine.asleep:  # it would take memory that was given back
                     self._advance_calibration()
                 continue
@@ -216,6 +225,7 @@ class EngineProcess:
                 self._emit(report)
             for news in (*settled, *engine.take_news()):
                 self._emit(news)
+            engine.precision.advance_beside()
             if not engine.has_work():
                 try:
                     engine.check_integrity()
@@ -232,7 +242,7 @@ class EngineProcess:
         if wait:
             try:
                 # Between two slices of a measurement it only looks.
-                patience = 0.01 if self._may_calibrate() else IDLE_CHECK_SECONDS
+                patience = 0.01 if self._may_calibrate() or self._waits_for_weights() else IDLE_CHECK_SECONDS
                 commands.append(self._commands.get(timeout=patience))
             except queue.Empty:
                 return commands
@@ -241,6 +251,9 @@ class EngineProcess:
                 commands.append(self._commands.get_nowait())
             except queue.Empty:
                 return commands
+
+    def _waits_for_weights(self) -> bool:
+        return self._engine is not None and self._engine.waits_for_weights
 
     def _calibrate(self, engine: Engine) -> None:
         """Measure the machine's ceilings when there is nothing else to do."""

@@ -36,6 +36,8 @@ class Request:
     """Chain hashes of the full blocks of ``tokens`` known so far; may be longer than what is computed."""
     num_registered: int = 0
     """How many leading blocks are registered in the prefix cache (or were found there)."""
+    mixed: bool = False
+    """Its keys and values were computed with weights of several precisions, so no other request may start from them."""
     computed_high_water: int = 0
     """Most positions ever computed: positions below it that are computed again are recomputation."""
     waiting_since: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from inference_server.engine import attention
 from inference_server.engine.attention import PagedKVTensors, Segment, StepContext, slots_of
+from inference_server.engine.quantization.variants import Variant
 from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import StepPlan
 
@@ -31,6 +32,24 @@ class Runner(Protocol):
 
     def forward(self, plan: StepPlan, packed: Any) -> Tensor:
         """Compute the step; return the logits of its sampled positions, ``[S, vocab]``."""
+
+
+@runtime_checkable
+class WeightReader(Runner, Protocol):
+    """A fast path that can read packed weights."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of activations and logits."""
+
+    def use(self, variant: Variant | None) -> None:
+        """Read a variant from the next step on, or with ``None`` the master."""
+
+    def rebuild(self) -> None:
+        """Take up that the cache's tensors lie elsewhere."""
+
+    def sibling(self, tensors: PagedKVTensors) -> WeightReader:
+        """Another runner of the same model over another cache."""
 
 
 class ModelRunner:

@@ -145,6 +145,19 @@ class Scheduler:
             request.block_hashes.clear()
         return lost
 
+    def change_weights(self, root: bytes) -> None:
+        """Go on with other weights: what was cached with those before is not found until they come back.
+
+        Parameters
+        ----------
+        root : bytes
+            Where the hashes of prefixes that these weights compute begin.
+        """
+        self.cache.root = root
+        for request in (*self.running, *self.waiting):
+            request.block_hashes.clear()
+            request.mixed = request.mixed or bool(request.num_computed or request.swapped)
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def schedule(self, features: Features, wish: Wish | None = None) -> StepPlan:

@@ -7,16 +7,19 @@ from typing import Any
 from torch import nn
 
 from inference_server.engine.loader import LoadedModel
+from inference_server.engine.quantization.variants import Variant
 from inference_server.protocol import StepWork
 
 
-def step_work(loaded: LoadedModel) -> StepWork | None:
+def step_work(loaded: LoadedModel, variant: Variant | None = None) -> StepWork | None:
     """Describe the work of a model; ``None`` where the weights that a step uses depend on its tokens (experts).
 
     Parameters
     ----------
     loaded
-        Its linear layers are counted as they are now; a tied embedding counts as the output layer that it is.
+        Its linear layers are counted; a tied embedding counts as the output layer that it is.
+    variant
+        The packed weights that a step reads in place of the master's.
     """
     model: Any = loaded.model
     if any("expert" in name for name, _ in model.named_modules()):
@@ -33,11 +36,18 @@ def step_work(loaded: LoadedModel) -> StepWork | None:
     )
     head_weights = sum(p.numel() for p in head.parameters()) if head is not None else 0
     head_bytes = sum(p.numel() * p.element_size() for p in head.parameters()) if head is not None else 0
+    body_bytes = sum(p.numel() * p.element_size() for p in body)
+    for matrix, packed in variant.pairs() if variant is not None else ():
+        saved = matrix.weight.nbytes - packed.nbytes
+        if matrix.head:
+            head_bytes -= saved
+        else:
+            body_bytes -= saved
     heads = int(getattr(loaded.config, "num_attention_heads", 0) or 0)
     width = loaded.kv_shapes[0][1]
     return StepWork(
         body_weights=matrices,
-        body_bytes=sum(p.numel() * p.element_size() for p in body),
+        body_bytes=body_bytes,
         head_weights=head_weights,
         head_bytes=head_bytes,
         embedding_row_bytes=_row_bytes(embedding),

@@ -29,6 +29,7 @@ from inference_server.front.latency_summary import LatencyStatistics
 from inference_server.front.measurement_api import MeasurementApi
 from inference_server.front.metrics import Metrics
 from inference_server.front.openai_api import OpenAiApi
+from inference_server.front.quantization_api import QuantizationApi
 from inference_server.front.recorder import Recorder
 from inference_server.front.requests import RequestTable, Sample
 from inference_server.front.settings import Settings
@@ -275,6 +276,7 @@ def create_app(front: Front) -> FastAPI:
     openai = OpenAiApi(front.supervisor, front.requests, front.tokenizer, loading_wait_s=settings.loading_wait_s)
     app.include_router(openai.router)
     app.include_router(TrafficApi(front.traffic).router)
+    app.include_router(QuantizationApi(front.supervisor).router)
     app.include_router(ControlApi(front.server, front.supervisor, front.requests, front.log).router)
     app.include_router(MeasurementApi(front.recorder, front.metrics, front.supervisor, front.log).router)
 

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     dtype: str = "auto"
     kv_memory: int | None = Field(default=None, gt=0)
     """Bytes for the KV cache; ``None`` sizes it from what is free."""
+    packed_memory: int | None = Field(default=None, ge=0)
+    """Bytes for packed copies of the weights; ``None`` takes a quarter of what is free."""
     max_model_len: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
     draft_model: str | None = None
@@ -102,6 +104,7 @@ class Settings(BaseSettings):
                 "device": self.device,
                 "dtype": self.dtype,
                 "kv_bytes": self.kv_memory,
+                "packed_bytes": self.packed_memory,
                 "max_model_len": self.max_model_len,
                 "threads": self.threads,
                 "draft_model": self.draft_model,

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -48,6 +48,8 @@ from inference_server.protocol import (
     NoticeEvent,
     Ping,
     Pong,
+    Quantization,
+    QuantizationAction,
     Ready,
     RequestCancelled,
     RequestFailed,
@@ -72,6 +74,8 @@ _PINGS_AT_START = 8
 _PING_GAP_S = 0.02
 _PING_EVERY_S = 10.0
 _COMMAND_TIMEOUT_S = 120.0
+_SWITCH_TIMEOUT_S = 900.0
+"""A switch may have to wait until the weights of a large model are packed."""
 _PROGRESS_EVERY_NS = 50_000_000
 
 
@@ -295,7 +299,7 @@ class EngineSupervisor:
         ApiError
             422 if the engine refused the values, 503 or 504 if it did not answer.
         """
-        answer = await self._ask(lambda correlation: SetFeatures(correlation, values))
+        answer = await self._ask(lambda correlation: SetFeatures(correlation, values), _SWITCH_TIMEOUT_S)
         if not isinstance(answer, FeaturesApplied):
             raise ApiError(500, "The engine answered something else than a switch.")
         return answer
@@ -316,6 +320,16 @@ class EngineSupervisor:
             raise ApiError(500, f"The engine answered something else than {command}.")
         return answer
 
+    async def quantization(self, action: QuantizationAction, options: dict[str, Any]) -> CommandDone:
+        """Do something about precisions that is no switch.
+
+        Raises
+        ------
+        ApiError
+            422 with the reason of a refusal; 503 or 504 if it did not answer.
+        """
+        return await self._done(lambda correlation: Quantization(correlation, action, options))
+
     async def measure_ceilings(self) -> None:
         """Let the engine measure what the machine can do at best, when it is idle; returns once it has.
 
@@ -326,7 +340,9 @@ class EngineSupervisor:
         """
         await self._ask(lambda correlation: MeasureCeilings(correlation, again=True))
 
-    async def _ask(self, command: Callable[[int], ToEngine]) -> FeaturesApplied | CommandDone:
+    async def _ask(
+        self, command: Callable[[int], ToEngine], patience_s: float = _COMMAND_TIMEOUT_S
+    ) -> FeaturesApplied | CommandDone:
         if self.ready is None:
             raise ApiError(503, f"The engine is {self.event.state}. {self.event.message}".strip(), code="engine_down")
         correlation = next(self._correlations)
@@ -335,10 +351,10 @@ class EngineSupervisor:
         self._requested_ns[correlation] = time.monotonic_ns()
         self.send(command(correlation))
         try:
-            return await asyncio.wait_for(future, _COMMAND_TIMEOUT_S)
+            return await asyncio.wait_for(future, patience_s)
         except TimeoutError:
             raise ApiError(
-                504, f"The engine did not answer within {_COMMAND_TIMEOUT_S:.0f} s; it may still do what was asked."
+                504, f"The engine did not answer within {patience_s:.0f} s; it may still do what was asked."
             ) from None
         finally:
             self._answers.pop(correlation, None)
@@ -611,6 +627,9 @@ class EngineSupervisor:
                 settled_ns=None if applied.preempted else applied.applied_at_ns,
             )
         )
+        if applied.max_model_len is not None and self.ready is not None:
+            capacity = msgspec.structs.replace(self.ready.capacity, max_model_len=applied.max_model_len)
+            self.ready = msgspec.structs.replace(self.ready, capacity=capacity)
         if applied.work is not None:
             self._listener.work_changed(applied.work)
         self._resolve(applied.correlation, applied)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
+from fast_operations import run_operation
 from serving import GREEDY, engine_for, generate, run, submit
 
 pytest.importorskip("numba")
@@ -17,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import kernels, path
-from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
@@ -31,24 +31,6 @@ BF16_STEP = 2.0**-8
 def prompts(count: int, longest: int = 40) -> list[list[int]]:
     draw = random.Random(1)
     return [[draw.randrange(3, 256) for _ in range(draw.randrange(1, longest))] for _ in range(count)]
-
-
-def run_operation(op: list[int], threads: int = 2, **parameters: int) -> None:
-    """Run one operation of a program on a team, as a step does."""
-    program = np.zeros((1, kernels.OP_WIDTH), dtype=np.int64)
-    program[0, : len(op)] = op
-    counter = np.zeros(1, dtype=np.int64)
-    values = np.zeros(kernels.NUM_PARAMETERS, dtype=np.int64)
-    team = Team(threads)
-    values[kernels.P_PROGRAM] = program.ctypes.data
-    values[kernels.P_LAST] = 1
-    values[kernels.P_BARRIER] = counter.ctypes.data
-    values[kernels.P_THREADS] = team.num_threads_address
-    values[kernels.P_THREAD] = team.thread_num_address
-    values[kernels.P_YIELD] = team.yield_address
-    for name, value in parameters.items():
-        values[getattr(kernels, f"P_{name.upper()}")] = value
-    team.run(kernels.region.address, values.ctypes.data)
 
 
 def bits(value: float) -> int:

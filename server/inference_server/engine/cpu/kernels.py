@@ -33,23 +33,35 @@ TILE_N = 8
 """Rows of a weight matrix that one step of the matrix kernel covers."""
 ROW_BLOCK = 64
 """Activations that are multiplied with all of a thread's weights before the next ones."""
+PACK_BLOCK = 32
+"""Neighbouring weights of a row that a packed matrix keeps together."""
+REGISTER_ROWS = 4
+"""Rows up to which packed weights are expanded in registers for each of them; for more, once into the cache."""
+GRID_SYMMETRIC, GRID_ZERO_POINT, GRID_MINIMUM = 0, 1, 2
+"""What a packed 4-bit group says beside its scale: nothing (zero is at 8), an integer zero, or the least value."""
 OP_WIDTH = 16
 """Integers in one row of a program."""
 
 NATIVE_BF16 = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+LOOKS_UP = bool(llvm.get_host_cpu_features().get("avx512f", False))
+"""Whether one instruction looks 16 numbers up in a register: the 16 values on a 4-bit group's grid are made once."""
 
 # Operation codes, and what columns 1… of their row mean.
 OP_EMBED = 0  # table, out (float32), width, bf16
 OP_NORM = 1  # x (float32, updated), delta or 0, weight (float32), out, width, eps (float32 bits), bf16, kept rows only
 OP_LINEAR = 2  # x, weight, out, in features, out features, bf16, bf16 out, kept rows only
 OP_ROTARY = (
-    3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16
+    3  # qkv, bias or 0, q norm or 0, k norm or 0, eps bits, keys, values, heads, kv heads, head dim, rotate, bf16,
+    # scales of the keys and of the values (0: stored whole)
 )
-OP_ATTEND = 4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0, scaling (float32 bits), bf16
+OP_ATTEND = (
+    4  # qkv, out, keys, values, heads, kv heads, head dim, window or 0, scaling (float32 bits), bf16, scales as above
+)
 OP_COMBINE = 5  # out, heads, kv heads, head dim, window or 0, bf16
 OP_SILU = 6  # gate and up, out, width, bf16
 OP_ARGMAX = 7  # logits, width, bf16
 OP_CAPTURE = 8  # x (float32), width, place of it in a captured row, width of a captured row
+OP_PACKED = 9  # x, packed weight, out, in features, out features, bf16, bf16 out, kept rows only, bits, group, grid
 
 # What the step parameters mean: the integers that :data:`region` is given.
 P_PROGRAM = 0
@@ -125,6 +137,7 @@ def _pointer_to(element: Any) -> Any:
 
 
 _pointer_f32 = _pointer_to(types.float32)
+_pointer_i8 = _pointer_to(types.int8)
 _pointer_u16 = _pointer_to(types.uint16)
 _pointer_i32 = _pointer_to(types.int32)
 _pointer_i64 = _pointer_to(types.int64)
@@ -476,17 +489,7 @@ def _tile(rows: int, columns: int, *, bf16: bool) -> Any:
 
             end = builder.mul(length, _i64(size))
             sums = _loop(builder, end, width * size, [_splat(0.0)] * (rows * columns), step)
-            # As many rows at a time as make a power of two of vectors, 16 at most.
-            for first, count in _power_of_two_parts(rows, LANES // columns):
-                part = sums[first * columns : (first + count) * columns]
-                target = builder.add(out, builder.mul(out_stride, _i64(first)))
-                results = _reduce(builder, part)
-                narrowed = _narrow_value(builder, results)
-                with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
-                    with to_bf16:
-                        _store(builder, narrowed, count, columns, target, out_stride, 2)
-                    with to_f32:
-                        _store(builder, results, count, columns, target, out_stride, 4)
+            _store_tile(builder, sums, rows, columns, out, out_stride, narrow)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
@@ -509,6 +512,21 @@ def _prefetch(builder: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [_i8.as_pointer(), _i32, _i32, _i32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [builder.inttoptr(address, _i8.as_pointer()), _i32(0), _i32(3), _i32(1)])
+
+
+def _store_tile(builder: Any, sums: list[Any], rows: int, columns: int, out: Any, out_stride: Any, narrow: Any) -> None:
+    """Add up the lanes and write the results, as bfloat16 where ``narrow`` is not zero."""
+    # As many rows at a time as make a power of two of vectors, 16 at most.
+    for first, count in _power_of_two_parts(rows, LANES // columns):
+        part = sums[first * columns : (first + count) * columns]
+        target = builder.add(out, builder.mul(out_stride, _i64(first)))
+        results = _reduce(builder, part)
+        narrowed = _narrow_value(builder, results)
+        with builder.if_else(builder.icmp_signed("!=", narrow, _i64(0))) as (to_bf16, to_f32):
+            with to_bf16:
+                _store(builder, narrowed, count, columns, target, out_stride, 2)
+            with to_f32:
+                _store(builder, results, count, columns, target, out_stride, 4)
 
 
 def _load(builder: Any, address: Any, bf16: bool) -> Any:
@@ -584,6 +602,212 @@ def _store(builder: Any, results: Any, rows: int, columns: int, out: Any, stride
         builder.store(part, builder.inttoptr(address, part.type.as_pointer()), align=size)
 
 
+# -- packed weights ----------------------------------------------------------------------------------------------------
+#
+# A packed matrix is a list of tiles, each of 8 rows. A tile is a list of groups along the rows; a group has the scales
+# of the 8 rows (float32 for 8 bits, float16 for 4), with 4 bits their zeros or minima unless the grid is symmetric, and
+# then its blocks: for each row 32 weights, in 4 bits the first 16 in the low halves of 16 bytes and the others in the
+# high halves. So a thread reads its weights as one stream. ``inference_server.engine.quantization.packing`` writes it.
+
+
+class _Packed:
+    """Emits the reading of a packed tile: ``scale * q + offset`` in float32, or that rounded to bfloat16."""
+
+    def __init__(self, builder: Any, bits: int, bf16: bool, columns: int, first: Any, kind: Any) -> None:
+        self.builder, self.bits, self.bf16, self.columns, self.kind = builder, bits, bf16, columns, kind
+        size = 4 if bits == 8 else 2
+        self.scales_at = builder.mul(first, _i64(size))
+        self.data_at = builder.mul(first, _i64(PACK_BLOCK * bits // 8))
+        self.block_bytes = TILE_N * PACK_BLOCK * bits // 8
+        symmetric = builder.icmp_signed("==", kind, _i64(GRID_SYMMETRIC))
+        self.header = _i64(TILE_N * size) if bits == 8 else builder.select(symmetric, _i64(16), _i64(32))
+
+    def parameters(self, group: Any) -> tuple[list[Any], list[Any]]:
+        """Scale and offset of each column, broadcast; or all values on its grid, and then, as in 8 bits, no offsets."""
+        builder = self.builder
+        scales = self._numbers(builder.add(group, self.scales_at))
+        if self.bits == 8:
+            return [self._spread(scales, j) for j in range(self.columns)], []
+        # In a symmetric group these are the first weights; they are read and not used.
+        second = self._numbers(builder.add(group, builder.add(self.scales_at, _i64(2 * TILE_N))))
+        eight = ir.Constant(second.type, [8.0] * TILE_N)
+        zero = builder.select(builder.icmp_signed("==", self.kind, _i64(GRID_SYMMETRIC)), eight, second)
+        below = builder.fneg(builder.fmul(zero, scales))
+        offsets = builder.select(builder.icmp_signed("==", self.kind, _i64(GRID_MINIMUM)), second, below)
+        columns = range(self.columns)
+        if LOOKS_UP:
+            every = ir.Constant(_vector, [float(value) for value in range(LANES)])
+            return [
+                _call_vector(builder, "llvm.fma", self._spread(scales, j), every, self._spread(offsets, j))
+                for j in columns
+            ], []
+        return [self._spread(scales, j) for j in columns], [self._spread(offsets, j) for j in columns]
+
+    def weights(self, block: Any, column: int, scale: Any, offset: Any) -> Any:
+        """32 weights of a row, as the tiles of whole weights have them."""
+        builder = self.builder
+        address = builder.add(builder.add(block, self.data_at), _i64(column * PACK_BLOCK * self.bits // 8))
+        bytes16, wide = ir.VectorType(_i8, LANES), ir.VectorType(_i32, LANES)
+        if self.bits == 8:
+            halves = [
+                builder.sext(
+                    builder.load(builder.inttoptr(builder.add(address, _i64(at)), bytes16.as_pointer()), align=1), wide
+                )
+                for at in (0, LANES)
+            ]
+            values = [builder.fmul(builder.sitofp(each, _vector), scale) for each in halves]
+        else:
+            both = builder.zext(builder.load(builder.inttoptr(address, bytes16.as_pointer()), align=1), wide)
+            if LOOKS_UP:  # it takes the lowest four bits and ignores the others
+                values = [
+                    _look_up(builder, scale, each)
+                    for each in (both, builder.lshr(both, ir.Constant(wide, [4] * LANES)))
+                ]
+                return _round_pairs(builder, *values) if self.bf16 and NATIVE_BF16 else values
+            low = builder.and_(both, ir.Constant(wide, [15] * LANES))
+            high = builder.lshr(both, ir.Constant(wide, [4] * LANES))
+            values = [
+                _call_vector(builder, "llvm.fma", scale, builder.sitofp(each, _vector), offset) for each in (low, high)
+            ]
+        return _round_pairs(builder, *values) if self.bf16 and NATIVE_BF16 else values
+
+    def _numbers(self, address: Any) -> Any:
+        builder, floats = self.builder, ir.VectorType(_float, TILE_N)
+        if self.bits == 8:
+            return builder.load(builder.inttoptr(address, floats.as_pointer()), align=4)
+        halves = ir.VectorType(ir.HalfType(), TILE_N)
+        return builder.fpext(builder.load(builder.inttoptr(address, halves.as_pointer()), align=2), floats)
+
+    def _spread(self, numbers: Any, lane: int) -> Any:
+        return _shuffle(self.builder, numbers, numbers, [lane] * LANES)
+
+
+def _look_up(builder: Any, table: Any, places: Any) -> Any:
+    """Read numbers of a vector at the places given by another's lowest four bits."""
+    kind = ir.FunctionType(_vector, [_vector, places.type])
+    permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+    return builder.call(permute, [table, places])
+
+
+def _round_pairs(builder: Any, low: Any, high: Any) -> Any:
+    """Two vectors of float32 as one of bfloat16, in order."""
+    kind = ir.FunctionType(ir.VectorType(_BFloat(), 32), [_vector, _vector])
+    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return builder.call(convert, [high, low])
+
+
+def _packed_tile(rows: int, columns: int, *, bits: int, bf16: bool) -> Any:
+    """Generate what :func:`_tile` does for packed weights, in the same order of sums, expanding them in registers.
+
+    The arguments: addresses of ``x`` and its stride, of the packed tile, the first of its columns to compute, address
+    of ``out`` and its stride, the number of groups and of blocks in each, the grid, and whether ``out`` is bfloat16.
+    """
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def tile(
+        typingctx: Any,  # noqa: ARG001
+        x: Any,  # noqa: ARG001
+        x_stride: Any,  # noqa: ARG001
+        w: Any,  # noqa: ARG001
+        first: Any,  # noqa: ARG001
+        out: Any,  # noqa: ARG001
+        out_stride: Any,  # noqa: ARG001
+        groups: Any,  # noqa: ARG001
+        blocks: Any,  # noqa: ARG001
+        grid: Any,  # noqa: ARG001
+        narrow: Any,  # noqa: ARG001
+    ) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            x, x_stride, w, first, out, out_stride, groups, blocks, grid, narrow = args
+            packed = _Packed(builder, bits, bf16, columns, first, grid)
+            data_bytes = builder.mul(blocks, _i64(packed.block_bytes))
+            group_bytes = builder.add(packed.header, data_bytes)
+            row_bytes = builder.mul(blocks, _i64(PACK_BLOCK * size))
+            x_rows = [builder.add(x, builder.mul(x_stride, _i64(i))) for i in range(rows)]
+
+            def group_step(group: Any, sums: list[Any]) -> list[Any]:
+                at = builder.add(w, builder.mul(group, group_bytes))
+                scales, offsets = packed.parameters(at)
+                begin = builder.mul(group, row_bytes)
+                data = builder.add(at, packed.header)
+
+                def block_step(block: Any, sums: list[Any]) -> list[Any]:
+                    after = list(sums)
+                    place = builder.add(data, builder.mul(block, _i64(packed.block_bytes)))
+                    offset = builder.add(begin, builder.mul(block, _i64(PACK_BLOCK * size)))
+                    x_values = [_load_block(builder, builder.add(row, offset), bf16) for row in x_rows]
+                    for j in range(columns):
+                        w_values = packed.weights(place, j, scales[j], offsets[j] if offsets else None)
+                        for i, x_value in enumerate(x_values):
+                            index = i * columns + j
+                            if bf16:
+                                after[index] = _multiply_add(builder, after[index], x_value, w_values, True)
+                            else:
+                                for x_half, w_half in zip(x_value, w_values, strict=True):
+                                    after[index] = _multiply_add(builder, after[index], x_half, w_half, False)
+                    return after
+
+                return _loop(builder, blocks, 1, sums, block_step)
+
+            sums = _loop(builder, groups, 1, [_splat(0.0)] * (rows * columns), group_step)
+            _store_tile(builder, sums, rows, columns, out, out_stride, narrow)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), codegen
+
+    return tile
+
+
+def _load_block(builder: Any, address: Any, bf16: bool) -> Any:
+    """32 activations: one vector of bfloat16, or two of float32."""
+    if bf16:
+        return _load(builder, address, True)
+    return [_load(builder, builder.add(address, _i64(at)), False) for at in (0, LANES * 4)]
+
+
+def _expand_tile(*, bits: int, bf16: bool) -> Any:
+    """Generate the expansion of a packed tile into 8 rows of whole weights at an address."""
+    size = 2 if bf16 else 4
+
+    @intrinsic
+    def expand(typingctx: Any, w: Any, out: Any, groups: Any, blocks: Any, grid: Any) -> Any:  # noqa: ARG001
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+            w, out, groups, blocks, grid = args
+            packed = _Packed(builder, bits, bf16, TILE_N, _i64(0), grid)
+            group_bytes = builder.add(packed.header, builder.mul(blocks, _i64(packed.block_bytes)))
+            row_bytes = builder.mul(blocks, _i64(PACK_BLOCK * size))
+            stride = builder.mul(groups, row_bytes)
+
+            def group_step(group: Any, carried: list[Any]) -> list[Any]:
+                at = builder.add(w, builder.mul(group, group_bytes))
+                scales, offsets = packed.parameters(at)
+                data = builder.add(at, packed.header)
+                target = builder.add(out, builder.mul(group, row_bytes))
+
+                def block_step(block: Any, carried: list[Any]) -> list[Any]:
+                    place = builder.add(data, builder.mul(block, _i64(packed.block_bytes)))
+                    line = builder.add(target, builder.mul(block, _i64(PACK_BLOCK * size)))
+                    for j in range(TILE_N):
+                        values = packed.weights(place, j, scales[j], offsets[j] if offsets else None)
+                        address = builder.add(line, builder.mul(stride, _i64(j)))
+                        if bf16 and NATIVE_BF16:
+                            builder.store(values, builder.inttoptr(address, values.type.as_pointer()), align=2)
+                            continue
+                        for half, value in enumerate(values):
+                            _write(builder, value, builder.add(address, _i64(half * LANES * size)), bf16)
+                    return carried
+
+                return _loop(builder, blocks, 1, carried, block_step)
+
+            _loop(builder, groups, 1, [], group_step)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), codegen
+
+    return expand
+
+
 _sum_1x1_f32 = _weighted_sum(1, 1, bf16=False)
 _sum_1x4_f32 = _weighted_sum(1, 4, bf16=False)
 _sum_3x4_f32 = _weighted_sum(3, 4, bf16=False)
@@ -606,6 +830,18 @@ _tile_4x4_bf16 = _tile(4, 4, bf16=True)
 _tile_5x4_bf16 = _tile(5, 4, bf16=True)
 _tile_6x4_bf16 = _tile(6, 4, bf16=True)
 _tile_1x1_bf16 = _tile(1, 1, bf16=True)
+_packed_1x8_f32_8 = _packed_tile(1, 8, bits=8, bf16=False)
+_packed_2x8_f32_8 = _packed_tile(2, 8, bits=8, bf16=False)
+_packed_1x8_f32_4 = _packed_tile(1, 8, bits=4, bf16=False)
+_packed_2x8_f32_4 = _packed_tile(2, 8, bits=4, bf16=False)
+_packed_1x8_bf16_8 = _packed_tile(1, 8, bits=8, bf16=True)
+_packed_2x8_bf16_8 = _packed_tile(2, 8, bits=8, bf16=True)
+_packed_1x8_bf16_4 = _packed_tile(1, 8, bits=4, bf16=True)
+_packed_2x8_bf16_4 = _packed_tile(2, 8, bits=4, bf16=True)
+_expand_f32_8 = _expand_tile(bits=8, bf16=False)
+_expand_f32_4 = _expand_tile(bits=4, bf16=False)
+_expand_bf16_8 = _expand_tile(bits=8, bf16=True)
+_expand_bf16_4 = _expand_tile(bits=4, bf16=True)
 
 
 @njit(cache=True, nogil=True, inline="never")
@@ -716,11 +952,79 @@ def _linear(thread: int, threads: int, m: int, op: Any) -> None:
             _matrix_f32(source, k * 4, w + begin * k * 4, k * 4, target, n * 4, count, end - begin, k)
 
 
+@njit(cache=True, nogil=True, inline="never")
+def _packed_rows(
+    x: int, stride: int, w: int, out: int, out_stride: int, m: int, groups: int, blocks: int, op: Any
+) -> None:
+    """Multiply a few rows with one tile, whose weights stay packed in memory and are expanded in registers."""
+    bf16, narrow, bits, grid = op[6], op[7], op[9], op[11]
+    i = 0
+    while i < m:
+        two = i + 2 <= m
+        a, o = x + i * stride, out + i * out_stride
+        if bf16 and NATIVE_BF16:
+            if bits == 8 and two:
+                _packed_2x8_bf16_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            elif bits == 8:
+                _packed_1x8_bf16_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            elif two:
+                _packed_2x8_bf16_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+            else:
+                _packed_1x8_bf16_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif bits == 8 and two:
+            _packed_2x8_f32_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif bits == 8:
+            _packed_1x8_f32_8(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        elif two:
+            _packed_2x8_f32_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        else:
+            _packed_1x8_f32_4(a, stride, w, 0, o, out_stride, groups, blocks, grid, narrow)
+        i += 2 if two else 1
+
+
+@njit(cache=True, nogil=True)
+def _linear_packed(thread: int, threads: int, m: int, op: Any) -> None:
+    x, w, out, k, n, bf16, narrow = op[1], op[2], op[3], op[4], op[5], op[6], op[7]
+    bits, group, grid = op[9], op[10], op[11]
+    groups, blocks = k // group, group // PACK_BLOCK
+    header = TILE_N * 4 if bits == 8 else (TILE_N * 2 if grid == GRID_SYMMETRIC else TILE_N * 4)
+    tile_bytes = groups * (header + blocks * TILE_N * PACK_BLOCK * bits // 8)
+    tiles = (n + TILE_N - 1) // TILE_N
+    first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+    size, out_size = (2 if bf16 else 4), (2 if narrow else 4)
+    # In bfloat16 a product takes half the instructions, and expanding once more is dearer beside it.
+    in_registers = m <= REGISTER_ROWS // 2 and NATIVE_BF16 if bf16 else m <= REGISTER_ROWS
+    whole = np.empty(TILE_N * k * size, dtype=np.uint8)
+    whole_ = whole.ctypes.data
+    # Rows in blocks that stay in the second-level cache, as in _linear; a tile is expanded once for each.
+    for row in range(0, m, ROW_BLOCK):
+        count = min(ROW_BLOCK, m - row)
+        for tile in range(first, last):
+            columns = min(TILE_N, n - tile * TILE_N)
+            source, packed = x + row * k * size, w + tile * tile_bytes
+            target = out + (row * n + tile * TILE_N) * out_size
+            if in_registers and columns == TILE_N:
+                _packed_rows(source, k * size, packed, target, n * out_size, count, groups, blocks, op)
+            elif bf16:
+                if bits == 8:
+                    _expand_bf16_8(packed, whole_, groups, blocks, grid)
+                else:
+                    _expand_bf16_4(packed, whole_, groups, blocks, grid)
+                _matrix_bf16(source, k * 2, whole_, k * 2, target, n * out_size, count, columns, k, narrow)
+            else:
+                if bits == 8:
+                    _expand_f32_8(packed, whole_, groups, blocks, grid)
+                else:
+                    _expand_f32_4(packed, whole_, groups, blocks, grid)
+                _matrix_f32(source, k * 4, whole_, k * 4, target, n * 4, count, columns, k)
+
+
 # -- element-wise operations -------------------------------------------------------------------------------------------
 
 _ONE = np.float32(1)
 _HALF = np.float32(0.5)
 _ZERO = np.float32(0)
+_INT8_MOST = np.float32(127)
 _LOG2E = np.float32(1.44269504088896341)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -824,9 +1128,39 @@ def _silu(thread: int, threads: int, m: int, op: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
+def _store_int8(head: Any, dim: int, base: int, scales: int, place: int) -> None:
+    """Round one key or value to 8 bits, with a scale of its own."""
+    most = _ZERO
+    for i in range(dim):
+        most = max(most, abs(head[i]))
+    scale = most / _INT8_MOST
+    inverse = _ONE / scale if scale > _ZERO else _ZERO
+    carray(_pointer_f32(scales + place * 4), (1,))[0] = scale
+    target = carray(_pointer_i8(base + place * dim), (dim,))
+    for i in range(dim):
+        target[i] = np.int8(np.rint(head[i] * inverse))
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _expand_int8(source: int, stride: int, target: int, run: int, dim: int, bf16: int) -> None:
+    """Write ``run`` heads of 8-bit integers as float32, or bfloat16: both hold them exactly."""
+    for position in range(run):
+        integers = carray(_pointer_i8(source + position * stride), (dim,))
+        if bf16:
+            narrow = carray(_pointer_u16(target + position * dim * 2), (dim,))
+            for i in range(dim):
+                narrow[i] = _narrow(np.float32(integers[i]))
+        else:
+            wide = carray(_pointer_f32(target + position * dim * 4), (dim,))
+            for i in range(dim):
+                wide[i] = np.float32(integers[i])
+
+
+@njit(cache=True, nogil=True)
 def _rotary(thread: int, threads: int, m: int, params: Any, op: Any) -> None:
     qkv_, bias_, q_norm_, k_norm_, keys_, values_ = op[1], op[2], op[3], op[4], op[6], op[7]
     heads, kv_heads, dim, rotate, bf16 = op[8], op[9], op[10], op[11], op[12]
+    key_scales_, value_scales_ = op[13], op[14]
     eps = _float_from_bits(op[5])
     size = 2 if bf16 else 4
     half = dim // 2
@@ -872,6 +1206,13 @@ def _rotary(thread: int, threads: int, m: int, params: Any, op: Any) -> None:
             slot = carray(_pointer_i64(params[P_SLOTS]), (m,))[row]
             base = keys_ if index < heads + kv_heads else values_
             place = (index - heads) % kv_heads
+            if key_scales_:
+                scales_ = key_scales_ if index < heads + kv_heads else value_scales_
+                if bf16:  # what the following operations read, not what it was rounded from
+                    for i in range(dim):
+                        head[i] = _widen(narrow[i])
+                _store_int8(head, dim, base, scales_, slot * kv_heads + place)
+                continue
             target = base + (slot * kv_heads + place) * dim * size
             if bf16:
                 to_narrow = carray(_pointer_u16(target), (dim,))
@@ -925,6 +1266,8 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     qkv_, out_, keys_, values_ = op[1], op[2], op[3], op[4]
     heads, kv_heads, dim, window, bf16 = op[5], op[6], op[7], op[8], op[10]
     scaling = _float_from_bits(op[9])
+    key_scales_, value_scales_ = op[11], op[12]
+    int8 = key_scales_ != 0
     size = 2 if bf16 else 4
     group = heads // kv_heads
     count, splits, block = params[P_NUM_ATTEND], params[P_MAX_SPLITS], params[P_BLOCK_SIZE]
@@ -934,7 +1277,10 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
     scores = np.empty((MAX_GROUP, SPLIT), dtype=np.float32)
     sums = np.empty((MAX_GROUP, MAX_HEAD_DIM), dtype=np.float32)
     inverses = np.empty(MAX_GROUP, dtype=np.float32)
-    stride = kv_heads * dim * size
+    stored = 1 if int8 else size
+    stride = kv_heads * dim * stored
+    expanded = np.empty(SPLIT * dim * size if int8 else 1, dtype=np.uint8)
+    expanded_ = expanded.ctypes.data
     scores_, sums_ = scores.ctypes.data, sums.ctypes.data
     for unit in range(thread, count * kv_heads * splits, threads):
         place = unit // (kv_heads * splits)
@@ -954,12 +1300,21 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
         while position < high:
             offset = position % block
             run = min(block - offset, high - position)
-            source = keys_ + ((table[position // block] * block + offset) * kv_heads + kv_head) * dim * size
+            place_ = (table[position // block] * block + offset) * kv_heads + kv_head
+            source, step = keys_ + place_ * dim * stored, stride
             target = scores_ + (position - low) * 4
+            if int8:
+                _expand_int8(source, stride, expanded_, run, dim, bf16)
+                source, step = expanded_, dim * size
             if bf16:
-                _matrix_bf16(query, dim * 2, source, stride, target, SPLIT * 4, group, run, dim, 0)
+                _matrix_bf16(query, dim * 2, source, step, target, SPLIT * 4, group, run, dim, 0)
             else:
-                _matrix_f32(query, dim * 4, source, stride, target, SPLIT * 4, group, run, dim)
+                _matrix_f32(query, dim * 4, source, step, target, SPLIT * 4, group, run, dim)
+            if int8:
+                for i in range(run):
+                    scale = carray(_pointer_f32(key_scales_ + (place_ + i * kv_heads) * 4), (1,))[0]
+                    for g in range(group):
+                        scores[g, position - low + i] *= scale
             position += run
         several = end - start > SPLIT
         partial_ = params[P_PARTIALS] + unit * group * (dim + 2) * 4
@@ -984,8 +1339,16 @@ def _attend(thread: int, threads: int, params: Any, op: Any) -> None:
         while position < high:
             offset = position % block
             run = min(block - offset, high - position)
-            source = values_ + ((table[position // block] * block + offset) * kv_heads + kv_head) * dim * size
-            _sum_values(source, stride, scores_ + (position - low) * 4, sums_, group, dim, run, bf16)
+            place_ = (table[position // block] * block + offset) * kv_heads + kv_head
+            source, step = values_ + place_ * dim * stored, stride
+            if int8:
+                _expand_int8(source, stride, expanded_, run, dim, bf16)
+                source, step = expanded_, dim * size
+                for i in range(run):
+                    scale = carray(_pointer_f32(value_scales_ + (place_ + i * kv_heads) * 4), (1,))[0]
+                    for g in range(group):
+                        scores[g, position - low + i] *= scale
+            _sum_values(source, step, scores_ + (position - low) * 4, sums_, group, dim, run, bf16)
             position += run
         for g in range(group):
             for d in range(dim):
@@ -1120,6 +1483,8 @@ def _run(params: Any) -> None:
         code = op[0]
         if code == OP_LINEAR:
             _linear(thread, threads, num_kept if op[8] else rows, op)
+        elif code == OP_PACKED:
+            _linear_packed(thread, threads, num_kept if op[8] else rows, op)
         elif code == OP_NORM:
             _norm(thread, threads, num_kept if op[8] else rows, kept, op)
         elif code == OP_ROTARY:

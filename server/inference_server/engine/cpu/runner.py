@@ -21,6 +21,8 @@ from inference_server.engine.cpu import choices, kernels
 from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
+from inference_server.engine.quantization.packing import GRIDS
+from inference_server.engine.quantization.variants import Variant
 from inference_server.engine.scheduler import Scheduled, StepPlan
 from inference_server.features import MAX_DRAFTS
 
@@ -79,6 +81,8 @@ class _Linear:
     target: Tensor
     shape: Shape
     kept: bool
+    packed: bool
+    """Its weights are a packed copy, which own kernels alone read."""
 
 
 Part = tuple[str, int, int] | tuple[str, Tensor, Tensor, Tensor]
@@ -126,6 +130,7 @@ class FastRunner:
         self._bound: dict[tuple[int, int, bool], tuple[list[Part], Tensor]] = {}
         self._choices: Choices | None = None
         self._forced: str | None = None
+        self._variant: Variant | None = None
         self._turn = 0
         p = self._parameters
         p[kernels.P_BARRIER] = self._counter_address
@@ -166,10 +171,46 @@ class FastRunner:
         self._reserve(rows, kept, shrink=True)
         return self._choices
 
+    def sibling(self, tensors: PagedKVTensors) -> FastRunner:
+        """Another runner of the same model over another cache, with the same choice of kernels."""
+        other = FastRunner(self.architecture, tensors, self.team.threads)
+        other._choices = self._choices
+        return other
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of activations and logits."""
+        buffers = {
+            id(each): each.nbytes
+            for each in (
+                self._residual,
+                self._normed,
+                self._qkv,
+                self._attended,
+                self._delta,
+                self._both,
+                self._active,
+                self._logits,
+                self._logits_torch,
+                self._partials,
+            )
+        }
+        return sum(buffers.values())
+
     def force(self, kernel: str | None) -> None:
         """Use one kernel (``"own"`` or ``"torch"``) for all linear layers, or with ``None`` the measured choice."""
         self._forced = kernel
         self._bound.clear()
+
+    def use(self, variant: Variant | None) -> None:
+        """Read a packed copy of the weights from the next step on, or with ``None`` the master."""
+        self._variant = variant
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Take up that the cache's tensors lie elsewhere, or that other weights are read."""
+        self._bound.clear()
+        self._build()
 
     def _time(self, kernel: str, shape: Shape, rows: int) -> float:
         layers = [linear for linear in self._linears if linear.shape == shape]
@@ -229,7 +270,9 @@ class FastRunner:
                 blocks = request.blocks
                 slots += [blocks[position // size] * size + position % size for position in range(start, end)]
             if item.count > LONG_SEGMENT:
-                context = None if start == 0 else torch.from_numpy(slots_of(request.blocks, end, size))
+                # In 8 bits what is attended to is what was stored, however the prompt is cut into steps.
+                alone = start == 0 and not self.tensors.int8
+                context = None if alone else torch.from_numpy(slots_of(request.blocks, end, size))
                 segments.append(_Segment(offset, item.count, start, context))
                 continue
             address = self._table(item)
@@ -357,9 +400,15 @@ class FastRunner:
         def linear(source: Tensor, weight: Tensor, target: Tensor, *, kept: bool = False) -> None:
             n, k = weight.shape
             narrow = int(target.dtype == torch.bfloat16)
-            self._linears.append(_Linear(len(program), weight.t(), source, target, (n, k), kept))
-            op = [kernels.OP_LINEAR, source.data_ptr(), weight.data_ptr(), target.data_ptr(), k, n, bf16, narrow]
-            program.append([*op, int(kept)])
+            packed = None if self._variant is None else self._variant.of(weight)
+            index = len(program)
+            self._linears.append(_Linear(index, weight.t(), source, target, (n, k), kept, packed is not None))
+            data = weight if packed is None else packed.data
+            code = kernels.OP_LINEAR if packed is None else kernels.OP_PACKED
+            op = [code, source.data_ptr(), data.data_ptr(), target.data_ptr(), k, n, bf16, narrow, int(kept)]
+            if packed is not None:
+                op += [packed.scheme.stored_bits, packed.group, GRIDS.index(packed.scheme.grid)]
+            program.append(op)
 
         def norm(delta: Tensor | None, weight: Tensor, *, kept: bool = False) -> None:
             residual, change = self._residual.data_ptr(), 0 if delta is None else delta.data_ptr()
@@ -376,12 +425,16 @@ class FastRunner:
                 place, total = self.capture_layers.index(index) * a.hidden, len(self.capture_layers) * a.hidden
                 program.append([kernels.OP_CAPTURE, self._residual.data_ptr(), a.hidden, place, total])
             linear(self._normed, layer.qkv, self._qkv)
+            scales = [0, 0]
+            if self.tensors.int8:
+                scales = [self.tensors.key_scales[index].data_ptr(), self.tensors.value_scales[index].data_ptr()]
             extras = [_pointer(layer.qkv_bias), _pointer(layer.q_norm), _pointer(layer.k_norm), eps]
             qkv, attended = self._qkv.data_ptr(), self._attended.data_ptr()
-            program.append([kernels.OP_ROTARY, qkv, *extras, keys, values, *heads, int(layer.rotate), bf16])
+            program.append([kernels.OP_ROTARY, qkv, *extras, keys, values, *heads, int(layer.rotate), bf16, *scales])
             scaling = _bits(a.scaling)
             self._attention_index.append(len(program))
-            program.append([kernels.OP_ATTEND, qkv, attended, keys, values, *heads, layer.window, scaling, bf16])
+            attend = [kernels.OP_ATTEND, qkv, attended, keys, values, *heads, layer.window, scaling, bf16]
+            program.append([*attend, *scales])
             program.append([kernels.OP_COMBINE, attended, *heads, layer.window, bf16])
             linear(self._attended, layer.output, self._delta)
             norm(self._delta, layer.post_norm)
@@ -398,6 +451,8 @@ class FastRunner:
         self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
 
     def _kernel(self, linear: _Linear, rows: int) -> str:
+        if linear.packed:
+            return OWN
         if self._forced is not None:
             return self._forced
         return OWN if self._choices is None else self._choices.kernel(linear.shape, rows)
@@ -478,8 +533,8 @@ class FastRunner:
             qkv = self._qkv[rows].view(segment.count, heads + 2 * kv, dim).transpose(0, 1)
             query, key, value = qkv[:heads], qkv[heads : heads + kv], qkv[heads + kv :]
             if segment.slots is not None:
-                key = self.tensors.keys[layer][segment.slots].transpose(0, 1)
-                value = self.tensors.values[layer][segment.slots].transpose(0, 1)
+                keys, values = self.tensors.read(layer, segment.slots, qkv.dtype)
+                key, value = keys.transpose(0, 1), values.transpose(0, 1)
             plain = segment.start == 0 and (not window or segment.count <= window)
             if heads != kv:
                 key, value = key.repeat_interleave(heads // kv, 0), value.repeat_interleave(heads // kv, 0)
