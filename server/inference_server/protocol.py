@@ -249,6 +249,15 @@ class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     correlation: int
 
 
+class ForgetCaches(Message, frozen=True, tag="forget_caches"):
+    """Empty the prefix cache and the response cache; running requests keep their blocks.
+
+    Answered by :class:`CommandDone` with how many ``blocks`` and ``answers`` were given up.
+    """
+
+    correlation: int
+
+
 class Sleep(Message, frozen=True, tag="sleep"):
     """Give the device's memory back between two steps; requests wait.
 
@@ -286,7 +295,9 @@ class MeasureCeilings(Message, frozen=True, tag="measure_ceilings"):
     """Even if the figures are known from an earlier run on the same hardware and versions."""
 
 
-ToEngine = Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Sleep | Wake | Ping | Shutdown
+ToEngine = (
+    Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | ForgetCaches | Sleep | Wake | Ping | Shutdown
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

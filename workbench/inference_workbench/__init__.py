@@ -8,6 +8,7 @@
 >>> wb.panel()
 >>> with wb.record("run.iwrec") as recorded: ...
 >>> iw.open_recording("run.iwrec").to_html("run.html")
+>>> iw.compare({"kv_cache": True}, {"kv_cache": False}, "chat").summary()
 
 Importing this package is cheap: names are loaded when first used, and a Jupyter server that only needs
 ``inference_workbench.jupyter`` loads neither pandas nor a client.
@@ -30,14 +31,31 @@ if TYPE_CHECKING:
         VersionMismatchError,
         WorkbenchError,
     )
+    from inference_workbench.experiments.compare import Comparison, compare
+    from inference_workbench.experiments.conductor import CancelledError
+    from inference_workbench.experiments.files import open_result, resume
+    from inference_workbench.experiments.journal import ExperimentFileError
+    from inference_workbench.experiments.workloads import (
+        RequestSet,
+        from_guidellm,
+        from_jsonl,
+        from_recording,
+        from_vllm_bench,
+        save_workload,
+        to_vllm_bench,
+        workload,
+    )
     from inference_workbench.recording import Recording, RecordingSummary, open_recording
     from inference_workbench.recordings import Recorded, Recordings
+    from inference_workbench.replaying import WorkloadRun, replay
     from inference_workbench.run import Run, Summary
     from inference_workbench.switches import AppliedSwitch, Switches
-    from inference_workbench.workload import WorkloadRun, replay
 
 __all__ = [
     "AppliedSwitch",
+    "CancelledError",
+    "Comparison",
+    "ExperimentFileError",
     "FeatureRefusedError",
     "Recorded",
     "Recording",
@@ -45,6 +63,7 @@ __all__ = [
     "RecordingSummary",
     "Recordings",
     "RequestError",
+    "RequestSet",
     "Run",
     "ServerGoneError",
     "ServerNotFoundError",
@@ -56,9 +75,19 @@ __all__ = [
     "Workbench",
     "WorkbenchError",
     "WorkloadRun",
+    "compare",
     "connect",
+    "from_guidellm",
+    "from_jsonl",
+    "from_recording",
+    "from_vllm_bench",
     "open_recording",
+    "open_result",
     "replay",
+    "resume",
+    "save_workload",
+    "to_vllm_bench",
+    "workload",
 ]
 
 _HOMES = {
@@ -72,11 +101,25 @@ _HOMES = {
         "VersionMismatchError",
         "WorkbenchError",
     ),
+    "experiments.compare": ("Comparison", "compare"),
+    "experiments.conductor": ("CancelledError",),
+    "experiments.files": ("open_result", "resume"),
+    "experiments.journal": ("ExperimentFileError",),
+    "experiments.workloads": (
+        "RequestSet",
+        "from_guidellm",
+        "from_jsonl",
+        "from_recording",
+        "from_vllm_bench",
+        "save_workload",
+        "to_vllm_bench",
+        "workload",
+    ),
     "recording": ("Recording", "RecordingSummary", "open_recording"),
     "recordings": ("Recorded", "Recordings"),
     "run": ("Run", "Summary"),
     "switches": ("AppliedSwitch", "Switches"),
-    "workload": ("WorkloadRun", "replay"),
+    "replaying": ("WorkloadRun", "replay"),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 _HOME_OF["RecordingError"] = "inference_server.recording.format"
