@@ -19,7 +19,7 @@ from inference_workbench.experiments.experiment import Options, ProgressWish, Re
 from inference_workbench.experiments.figures import METRICS, paired_effects, run_figures
 from inference_workbench.experiments.journal import Features
 from inference_workbench.experiments.outputs import Outputs, ask_gaps, divergences, judge
-from inference_workbench.experiments.statistics import MIN_PAIRS, Effect, holm, paired_effect, pairs_needed
+from inference_workbench.experiments.statistics import Effect, joint_p, paired_effect, pairs_for, pairs_needed
 from inference_workbench.experiments.workloads import AnyWorkload
 from inference_workbench.experiments.workloads import workload as make_workload
 
@@ -54,7 +54,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     effect: Effect
     """Of the logarithm of candidate / baseline."""
     p: float
-    """Adjusted for the number of metrics (Holm)."""
+    """Adjusted for the number of metrics (:func:`joint_p`)."""
     verdict: str
     """``better``, ``worse`` or ``no difference found``."""
 
@@ -100,7 +100,7 @@ class Comparison(Result):
     @property
     def enough(self) -> bool:
         """Whether there are pairs enough for an interval."""
-        return len(self.pairs) >= MIN_PAIRS
+        return len(self.pairs) >= pairs_for(self.confidence)
 
     @property
     def confidence(self) -> float:
@@ -124,7 +124,7 @@ class Comparison(Result):
         """What was found, by metric, as the client saw it."""
         ones, others = self._runs(BASELINE), self._runs(CANDIDATE)
         effects = {name: paired_effect(self.effects[name].to_numpy(), self.confidence) for name in METRICS}
-        adjusted = holm({name: effect.p for name, effect in effects.items()})
+        adjusted = joint_p({name: self.effects[name].to_numpy() for name in METRICS})
         before = pd.DataFrame([run_figures(ones[pair].answers) for pair in self.pairs], columns=list(METRICS)).mean()
         after = pd.DataFrame([run_figures(others[pair].answers) for pair in self.pairs], columns=list(METRICS)).mean()
         findings = {}
@@ -278,7 +278,7 @@ def compare(
     features
         Switches that both have in common. Without it, as they stand on the server.
     pairs
-        How many pairs of runs count, 4 at least.
+        How many pairs of runs count; 6 at least at 95 % (with fewer, chance alone could explain any difference).
     requests
         How many requests a run has.
     confidence
@@ -305,10 +305,12 @@ def compare(
     >>> result = iw.compare({"kv_cache": True}, {"kv_cache": False}, "chat")
     >>> result.verdict, result.plot(), result.outputs
     """
-    if pairs < MIN_PAIRS:
-        raise WorkbenchError(f"A comparison takes {MIN_PAIRS} pairs at least, not {pairs}; fewer have no interval.")
     if not 0.5 <= confidence < 1:
         raise WorkbenchError(f"The confidence is between 0.5 and 1, such as 0.95, not {confidence}.")
+    if pairs < (least := pairs_for(confidence)):
+        raise WorkbenchError(
+            f"At {confidence:.0%} it takes {least} pairs at least to find any difference, however large; not {pairs}."
+        )
     arguments = {
         "baseline": dict(baseline),
         "candidate": dict(candidate),

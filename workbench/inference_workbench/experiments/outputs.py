@@ -136,6 +136,7 @@ def judge(
     limit = NEAR_TIE.get(dtype, NEAR_TIE["bfloat16"])
     large = [each for each in parted if each.request in gaps and not _is_tie(gaps[each.request], limit)]
     worst = max(parted, key=lambda each: _size(gaps.get(each.request, 0.0)))
+    widest = _size(gaps.get(worst.request))
     if large:
         gap = gaps[worst.request]
         how = f"{gap:.3g}" if gap is not None else f"more than the {_LIKELIEST} likeliest tokens span"
@@ -158,7 +159,7 @@ def judge(
         verdict="near-ties",
         words=(
             f"{total - len(parted)} of {total} outputs identical; the others diverged at near-ties, the widest at "
-            f"token {worst.position} of request {worst.request}, where the top-2 gap was {_size(gaps[worst.request]):.2g} "
+            f"token {worst.position} of request {worst.request}, where the top-2 gap was {widest:.2g} "
             f"(rounding in {dtype} may decide up to {limit:g}).{self_words}"
         ),
         **common,

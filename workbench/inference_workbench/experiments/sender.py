@@ -211,7 +211,8 @@ class _Session:
                 self._begin = time.perf_counter()
                 sending = asyncio.create_task(self._send_all(client, answers))
                 await self._watch(sending)
-                await sending
+                if not sending.cancelled():
+                    sending.result()  # a mistake in here is not to be lost
         finally:
             if collecting:
                 gc.enable()
