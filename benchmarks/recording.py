@@ -3,9 +3,8 @@
 ``python benchmarks/recording.py overhead`` compares full instrumentation while recording with instrumentation off, in
 pairs of short rounds in alternating order, and quotes the median of the pairs' ratios with its 95 % interval.
 ``… attribution`` puts 8, then 32 requests on the server, prompts arriving all the time, records it, and looks at the
-recorded parts. ``… soak`` does the same for minutes and watches memory; ``… front`` puts a scripted engine behind the
-front, which gives it more tokens in two minutes than a small machine computes in an hour, and watches the front's
-memory.
+recorded parts. ``… front`` puts a scripted engine behind the front, which gives it more tokens in two minutes than a
+small machine computes in an hour, and watches the front's memory; ``soak.py`` watches everybody's.
 """
 
 from __future__ import annotations
@@ -134,36 +133,6 @@ def attribution(path: Path, load: str) -> list[dict[str, object]]:
     ]
 
 
-def soak(path: Path, seconds: float) -> list[dict[str, object]]:
-    with RecordingFile(path) as file:
-        tokens = file.manifest.tables["tokens"].rows
-        memory = file.table("device_processes").to_pandas()
-        manifest = file.manifest
-    size = path.stat().st_size
-    result: list[dict[str, object]] = []
-    print(f"soak of {seconds / 60:.1f} minutes: {tokens:,} tokens, {size / tokens:.0f} bytes a token")
-    print(f"    events lost: {manifest.lost_events}")
-    case = {
-        "subject": "ours",
-        "level": "full",
-        "load": "32 requests",
-        "runs": 1,
-        "wall_s": round(seconds),
-        "spread": None,
-    }
-    result.append(case | {"metric": "bytes_per_token", "value": size / tokens, "unit": "byte"})
-    for name, rss in memory.groupby("process").rss:
-        third = len(rss) // 3
-        middle, last = rss.iloc[third : 2 * third].median(), rss.iloc[2 * third :].median()
-        growth = (last - middle) / middle
-        print(
-            f"    {name}: {rss.iloc[0] >> 20} MiB at first, {middle / 2**20:.0f} in the middle third, "
-            f"{last / 2**20:.0f} in the last ({growth:+.2%})"
-        )
-        result.append(case | {"metric": f"{name}_rss_growth_fraction", "value": float(growth), "unit": "1"})
-    return result
-
-
 def front_memory(minutes: float) -> list[dict[str, object]]:
     """32 streams of a scripted engine, recorded; return how the front's memory grew in the second half."""
     with tempfile.TemporaryDirectory() as folder:
@@ -207,7 +176,7 @@ async def endless_load(server: Server, until: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "attribution", "soak", "front"))
+    parser.add_argument("what", choices=("overhead", "attribution", "front"))
     parser.add_argument("--model", default="default")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--streams", type=int, nargs="+", default=None)
@@ -228,21 +197,12 @@ def main() -> None:
             for streams in options.streams or [8]:
                 found = overhead(front, pairs=options.pairs, streams=streams, tokens=options.tokens or 64)
                 results.setdefault("recording", []).extend(found)
-        elif options.what == "attribution":
+        else:
             for streams in options.streams or [8, 32]:
                 identifier = start(front)
                 asyncio.run(steady_load(server_of(front), streams=streams, total_tokens=options.tokens or 10_500))
                 path = stop(front, identifier)
                 results.setdefault("attribution", []).extend(attribution(path, f"{streams} requests"))
-        else:
-            identifier, begin = start(front), time.monotonic()
-            until = begin + 60 * options.minutes
-            seed = 0
-            while time.monotonic() < until:
-                asyncio.run(steady_load(server_of(front), streams=32, total_tokens=4_000, seed=(seed := seed + 1)))
-            path = stop(front, identifier)
-            results["recording"] = soak(path, time.monotonic() - begin)
-            results["attribution"] = attribution(path, "soak, 32 requests")
     if not options.no_record:
         for name, found in results.items():
             case = [{"model": model, **row} for row in found]

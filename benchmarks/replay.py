@@ -10,7 +10,6 @@ in which the view showed another moment.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import sys
 import tempfile
@@ -25,13 +24,13 @@ from rich.table import Table
 from rows import append, cpu_name
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests")]
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests/browser")]
+
+from chromium import FLAGS, find_chromium  # noqa: E402 -- found by the line above
 
 from inference_workbench.recording import open_recording  # noqa: E402
 from synthetic_recording import write_recording  # noqa: E402 -- found by the line above
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SCRUB_S = 5.0
 
 # Moves the track once a frame, over all of the recording and back, and resolves to when each frame came that showed
@@ -83,7 +82,6 @@ def main() -> None:
     parser.add_argument("--recording", type=Path)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    executable = next((path for name in NAMES if (path := shutil.which(name))), None)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         path = arguments.recording or write_recording(
             Path(folder) / "long.iwrec", tokens=arguments.tokens, parallel=16, tokens_per_request=250
@@ -92,7 +90,7 @@ def main() -> None:
             html = recording.to_html(Path(folder) / "long.html")
             tokens = recording.summary().tokens
         sizes = {"recording_bytes_per_token": path.stat().st_size / tokens, "html_bytes": html.stat().st_size}
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         runs = [measure(browser, html) for _ in range(arguments.runs)]
         chromium = browser.version
         browser.close()

@@ -14,6 +14,8 @@ class Server:
 
     port: int
     token: str
+    #: Of the path, where the server is behind a proxy.
+    prefix: str = ""
 
 
 async def stream(server: Server, prompt: list[int], tokens: int, **extra: object) -> int:
@@ -23,7 +25,8 @@ async def stream(server: Server, prompt: list[int], tokens: int, **extra: object
         {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True, "telemetry": True} | extra
     )
     writer.write(
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {server.token}\r\n"
+        f"POST {server.prefix}/v1/completions HTTP/1.1\r\n"
+        f"Host: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {server.token}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode()
     )
     chunks = 0

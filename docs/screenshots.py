@@ -13,10 +13,9 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "browser"))
 
+from chromium import FLAGS, find_chromium
 from jupyterlab import JupyterLab, running_jupyterlab
 from workbench_page import finished, generate, open_lab, open_panel, wait_ready, wait_tokens
-
-from conftest import FLAGS, NAMES
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -109,9 +108,8 @@ def recording(browser: Browser, lab: JupyterLab, theme: str) -> None:
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="iw-"))
-    executable = next((path for name in NAMES if (path := shutil.which(name))), None)
     with running_jupyterlab(folder) as lab, sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         teaching(chromium, lab)
         for theme in ("light", "dark"):
             panel(chromium, lab, theme)

@@ -25,14 +25,21 @@ const PATTERNS: Record<Hatch, 'blank' | 'right_diagonal_line' | 'dot' | 'vertica
 /** Parts that are said even when they are nothing. */
 const ALWAYS: readonly Part[] = ['forward', 'unexplained'];
 
+/** One part of all columns: the outline of its pieces is one path, which is drawn at once. */
+interface Layer {
+  part: Part;
+  source: ColumnDataSource;
+  show(shown: boolean): void;
+  paint(): void;
+}
+
 export class AttributionPlot extends StepPlot {
-  /** A column has many pieces, and each is drawn. */
+  /** A column has many pieces. */
   protected override readonly columns = 90;
-  /** And therefore not as often as the lighter plots. */
+  /** It costs more than the other plots, and is therefore drawn less often. */
   protected override readonly intervalMs = 500;
-  private readonly sources = new Map<Part, ColumnDataSource>();
   private readonly filled = new Set<Part>();
-  private glyphs: { part: Part; paint: () => void }[] = [];
+  private layers: Layer[] = [];
   private parts = new Map<number, StepParts>();
   private present: Part[] = [...ALWAYS];
 
@@ -60,25 +67,32 @@ export class AttributionPlot extends StepPlot {
       y_axis_label: trans.__('ms per token')
     });
     for (const part of PARTS) {
-      const source = new bokeh.ColumnDataSource({ data: { left: [], right: [], bottom: [], top: [] } });
-      const renderer = figure.quad(
-        { field: 'left' },
-        { field: 'right' },
-        { field: 'bottom' },
-        { field: 'top' },
-        { source, line_width: 0.5, hatch_scale: 7, hatch_weight: 1 }
-      );
-      this.sources.set(part, source);
-      this.glyphs.push({
+      const source = new bokeh.ColumnDataSource({ data: { x: [], y1: [], y2: [] } });
+      const renderer = figure.varea_step({ field: 'x' }, { field: 'y1' }, { field: 'y2' }, 'after', {
+        source,
+        hatch_scale: 7,
+        hatch_weight: 1
+      });
+      const edge =
+        part === 'unexplained'
+          ? figure.step({ field: 'x' }, { field: 'y2' }, 'after', { source, line_width: 0.5 })
+          : null;
+      // What is not there is not drawn: a renderer costs time even when its source is empty.
+      const show = (shown: boolean): void => {
+        renderer.visible = shown;
+        if (edge) {
+          edge.visible = shown;
+        }
+      };
+      show(false);
+      this.layers.push({
         part,
+        source,
+        show,
         paint: () => {
           const look = partLook(part, this.context.theme);
-          renderer.glyph.setv({
-            fill_color: look.fill,
-            line_color: part === 'unexplained' ? look.line : null,
-            hatch_color: look.line,
-            hatch_pattern: PATTERNS[look.hatch]
-          });
+          renderer.glyph.setv({ fill_color: look.fill, hatch_color: look.line, hatch_pattern: PATTERNS[look.hatch] });
+          edge?.glyph.setv({ line_color: look.line });
         }
       });
     }
@@ -86,7 +100,7 @@ export class AttributionPlot extends StepPlot {
   }
 
   protected recolour(): void {
-    this.glyphs.forEach(each => each.paint());
+    this.layers.forEach(each => each.paint());
   }
 
   protected draw(): string {
@@ -107,25 +121,26 @@ export class AttributionPlot extends StepPlot {
     this.yRange!.end = top;
     // What is thinner than half a pixel has its place in the stack and is not drawn.
     const thinnest = top / 400;
-    PARTS.forEach((part, at) => {
-      const data: Record<'left' | 'right' | 'bottom' | 'top', number[]> = { left: [], right: [], bottom: [], top: [] };
+    this.layers.forEach(({ part, source, show }, at) => {
+      const data: Record<'x' | 'y1' | 'y2', number[]> = { x: [], y1: [], y2: [] };
+      let drawn = false;
       found.forEach((each, column) => {
         const value = (each?.parts[at] ?? 0) / 1e6;
-        if (value > 0 && value < thinnest) {
-          bottoms[column] += value;
-        } else if (value > 0) {
-          const step = this.shown[column].event.step;
-          data.left.push(step - half);
-          data.right.push(step + half);
-          data.bottom.push(bottoms[column]);
-          bottoms[column] += value;
-          data.top.push(bottoms[column]);
-        }
+        const bottom = bottoms[column];
+        bottoms[column] += Math.max(0, value);
+        const step = this.shown[column].event.step;
+        drawn ||= value >= thinnest;
+        // The right edge goes down to the axis: between two columns there is nothing.
+        data.x.push(step - half, step + half);
+        data.y1.push(bottom, 0);
+        data.y2.push(value >= thinnest ? bottoms[column] : bottom, 0);
       });
-      const drawn = data.left.length > 0;
-      if (drawn || this.filled.has(part)) {
-        this.sources.get(part)!.data = data;
+      if (drawn) {
+        source.data = data;
+      }
+      if (drawn !== this.filled.has(part)) {
         this.filled[drawn ? 'add' : 'delete'](part);
+        show(drawn);
       }
       if (ALWAYS.includes(part) || found.some(each => (each?.parts[at] ?? 0) > 0)) {
         this.present.push(part);

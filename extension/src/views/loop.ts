@@ -16,6 +16,8 @@ const GRACE_MS = 150;
 export interface Painter {
   /** Draw what changed. */
   paint(): void;
+  /** The frame is on the screen: time for what need not be as quick. */
+  painted(): void;
   /** Can anybody see it? */
   visible(): boolean;
   /** The server's time at `pageMs`, or null while unknown. */
@@ -131,9 +133,9 @@ export class PaintLoop {
     if (newest !== null && newest > this.lastPaintedSentNs) {
       this.lastPaintedSentNs = newest;
       this.pendingSentNs = newest;
-      // Handled after the browser has laid out and painted this frame.
-      this.channel.port2.postMessage(null);
     }
+    // Handled after the browser has laid out and painted this frame.
+    this.channel.port2.postMessage(null);
   };
 
   private onPainted(): void {
@@ -145,6 +147,7 @@ export class PaintLoop {
       this.paints.push(now);
     }
     this.pendingSentNs = null;
+    this.painter.painted();
   }
 
   private repaintRate(): number | null {

@@ -57,6 +57,10 @@ export interface WorkbenchStats extends PaintStats {
 const REPLAY_RATE = 60;
 /** After two jumps within this time the views are drawn in a hurry, and in full once there was none for as long. */
 const HURRY_MS = 200;
+/** For drawing plots after a frame. What Bokeh puts on the canvas in the next frame takes about as long again. */
+const PLOTS_MS = 8;
+/** Longer than from one frame to the next while tokens stream. */
+const TAIL_MS = 300;
 const WINDOWS: readonly number[] = [5, 30, 0];
 
 export class Workbench {
@@ -95,6 +99,7 @@ export class Workbench {
     this.loop = new PaintLoop(
       {
         paint: () => this.paint(),
+        painted: () => this.paintPlots(),
         visible: () => this.element.isConnected && this.element.checkVisibility(),
         serverTime: pageMs => connection.clock.serverTime(pageMs),
         newestSentNs: () => store.newestSentNs
@@ -232,7 +237,6 @@ export class Workbench {
   private paint(): void {
     this.watchJumps();
     this.views.forEach(view => view.update());
-    this.paintPlot();
   }
 
   /** Notice when the store is exchanged many times a second, and when that is over. */
@@ -257,19 +261,30 @@ export class Workbench {
   }
 
   /**
-   * Paint one plot, the one that waited longest: four canvases in one frame would hold up the tokens. The others follow
-   * outside the loop, whose pace is for what has just arrived.
+   * Paint the plots that waited longest, as many as are drawn in {@link PLOTS_MS}. A canvas costs more than all the text,
+   * so this comes right after a frame with new tokens is on the screen, when the next ones are furthest away: drawn in that
+   * frame, or at a time of its own, it would hold them up. Only when no more frames come do the others follow by a timer.
    */
-  private paintPlot(): void {
-    const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt)[0];
-    due?.update();
-    if (this.tail === null && this.plots.some(plot => plot.stale)) {
+  private paintPlots(): void {
+    if (this.tail !== null) {
+      clearTimeout(this.tail);
+      this.tail = null;
+    }
+    const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt);
+    const begin = pageNow();
+    for (const plot of due) {
+      plot.update();
+      if (pageNow() - begin >= PLOTS_MS) {
+        break;
+      }
+    }
+    if (this.plots.some(plot => plot.stale)) {
       this.tail = setTimeout(() => {
         this.tail = null;
         if (!document.hidden && this.element.checkVisibility()) {
-          this.paintPlot();
+          this.paintPlots();
         }
-      }, 60);
+      }, TAIL_MS);
     }
   }
 
