@@ -27,7 +27,7 @@ def one_by_one(module_workbench, tmp_path_factory):
     reports = []
     module_workbench.features.max_num_seqs = 7
     candidate = {"batching": "single", "kv_cache": False}
-    options = {"requests": 12, "pairs": 6, "progress": reports.append}
+    options = {"requests": 12, "pairs": 8, "progress": reports.append}
     result = iw.compare({}, candidate, at_once, wb=module_workbench, path=path, **options)
     return result, reports, dict(module_workbench.features.current())
 
@@ -36,7 +36,7 @@ def test_a_large_effect_is_found_with_the_right_sign_and_said_in_words(one_by_on
     result, _, _ = one_by_one
     ttft = result.findings["ttft_ms"]
     assert result.significant
-    assert ttft.verdict == "worse"
+    assert ttft.verdict == "worse", result.summary() + result.effects.to_string()
     assert 1 < ttft.effect.ratio_low < ttft.effect.ratio < ttft.effect.ratio_high
     assert ttft.p <= 0.05
     assert "TTFT is" in result.verdict
@@ -52,9 +52,9 @@ def test_neither_batching_nor_the_kv_cache_changes_an_output(one_by_one):
 def test_runs_alternate_pair_by_pair_after_one_of_each_that_does_not_count(one_by_one):
     result, reports, _ = one_by_one
     order = [run.setting[0] for run in sorted(result.journal.runs.values(), key=lambda run: run.place)]
-    assert "".join(order) == "bc" + "bccb" * 3
-    assert len(result.to_frame()) == 12
-    assert [report.done for report in reports] == list(range(15))
+    assert "".join(order) == "bc" + "bccb" * 4
+    assert len(result.to_frame()) == 16
+    assert [report.done for report in reports] == list(range(19))
     assert reports[0].left_s is None
     assert reports[5].left_s > reports[12].left_s >= 0
 
