@@ -66,7 +66,7 @@ def record(path: Path, blocks: int, seconds: float) -> None:
         threading.Timer(seconds, cancel.set).start()
         arguments = {"workload": msgspec.to_builtins(WORKLOAD), "requests": REQUESTS, "blocks": blocks, "features": {}}
         try:
-            make(Calibration, arguments, Options(workbench=wb, path=path, progress=False, cancel=cancel))
+            make(Calibration, arguments, Options(site=wb, path=path, progress=False, cancel=cancel))
         except CancelledError as error:
             print(error)
         else:

@@ -135,7 +135,7 @@ def test_a_request_that_the_server_refuses_is_named_and_switches_are_put_back(wb
 
 
 def test_traffic_of_somebody_else_is_not_measured_but_named(wb, folder, monkeypatch):
-    monkeypatch.setattr("inference_workbench.experiments.conductor._BUSY_PATIENCE_S", 0.2)
+    monkeypatch.setattr("inference_workbench.experiments.sites._BUSY_PATIENCE_S", 0.2)
     with (
         wb.traffic.start("chat", concurrency=1, ignore_eos=True, output_tokens=1000),
         pytest.raises(iw.WorkbenchError, match=r"busy with 1 requests of somebody else \(such as 'traffic-"),

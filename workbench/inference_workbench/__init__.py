@@ -31,8 +31,11 @@ if TYPE_CHECKING:
         VersionMismatchError,
         WorkbenchError,
     )
+    from inference_workbench.experiments.ablation import Ablation, ablate
+    from inference_workbench.experiments.capacity import Capacity, capacity
     from inference_workbench.experiments.compare import Comparison, compare
     from inference_workbench.experiments.conductor import CancelledError
+    from inference_workbench.experiments.crossover import Crossover, crossover
     from inference_workbench.experiments.files import open_result, resume
     from inference_workbench.experiments.journal import ExperimentFileError
     from inference_workbench.experiments.workloads import (
@@ -52,9 +55,12 @@ if TYPE_CHECKING:
     from inference_workbench.switches import AppliedSwitch, Switches
 
 __all__ = [
+    "Ablation",
     "AppliedSwitch",
     "CancelledError",
+    "Capacity",
     "Comparison",
+    "Crossover",
     "ExperimentFileError",
     "FeatureRefusedError",
     "Recorded",
@@ -75,8 +81,11 @@ __all__ = [
     "Workbench",
     "WorkbenchError",
     "WorkloadRun",
+    "ablate",
+    "capacity",
     "compare",
     "connect",
+    "crossover",
     "from_guidellm",
     "from_jsonl",
     "from_recording",
@@ -101,8 +110,11 @@ _HOMES = {
         "VersionMismatchError",
         "WorkbenchError",
     ),
+    "experiments.ablation": ("Ablation", "ablate"),
+    "experiments.capacity": ("Capacity", "capacity"),
     "experiments.compare": ("Comparison", "compare"),
     "experiments.conductor": ("CancelledError",),
+    "experiments.crossover": ("Crossover", "crossover"),
     "experiments.files": ("open_result", "resume"),
     "experiments.journal": ("ExperimentFileError",),
     "experiments.workloads": (

@@ -19,6 +19,7 @@ from inference_workbench.experiments.experiment import Options, ProgressWish, Re
 from inference_workbench.experiments.figures import METRICS, paired_effects, run_figures
 from inference_workbench.experiments.journal import Features
 from inference_workbench.experiments.outputs import Outputs, ask_gaps, divergences, judge
+from inference_workbench.experiments.sites import OwnServer
 from inference_workbench.experiments.statistics import Effect, joint_p, paired_effect, pairs_for, pairs_needed
 from inference_workbench.experiments.workloads import AnyWorkload
 from inference_workbench.experiments.workloads import workload as make_workload
@@ -85,7 +86,7 @@ class Comparison(Result):
             ]
         return slots
 
-    def work(self, conductor: Conductor, workbench: Workbench) -> None:
+    def work(self, conductor: Conductor) -> None:
         """Make the runs; then ask, under the baseline's settings, how close the call was where outputs part."""
         conductor.run(self.slots(self.arguments))
         ones, others = self._outputs(BASELINE), self._outputs(CANDIDATE)
@@ -95,7 +96,8 @@ class Comparison(Result):
         found = divergences(ones[0], others[0])
         if found:
             conductor.switch(BASELINE)
-            ask_gaps(workbench, load.requests, ones[0], found, self.journal.probes, self.journal.append)
+            assert isinstance(conductor.site, OwnServer)  # only that has settings that could be compared
+            ask_gaps(conductor.site.workbench, load.requests, ones[0], found, self.journal.probes, self.journal.append)
 
     @property
     def enough(self) -> bool:
@@ -320,7 +322,7 @@ def compare(
         "requests": requests,
         "confidence": confidence,
     }
-    return make(Comparison, arguments, Options(workbench=wb, path=path, progress=progress, cancel=cancel))
+    return make(Comparison, arguments, Options(site=wb, path=path, progress=progress, cancel=cancel))
 
 
 def _settings(values: Mapping[str, FeatureValue]) -> str:

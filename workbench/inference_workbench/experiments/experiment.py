@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,17 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import msgspec
 import pandas as pd
 
-from inference_server.features import FeatureError, apply, validate
-from inference_server.features import Features as KnownFeatures
-from inference_server.protocol import FeatureSpec
-from inference_server.version import distribution_version
 from inference_server.workloads.workload import PRESETS
-from inference_workbench.errors import FeatureRefusedError, WorkbenchError
-from inference_workbench.experiments.conductor import CancelledError, Conductor, Slot, target_of
+from inference_workbench.experiments.conductor import CancelledError, Conductor, Slot
 from inference_workbench.experiments.figures import requests_table, run_figures
 from inference_workbench.experiments.journal import (
     SUFFIX,
-    Environment,
     ExperimentFileError,
     Features,
     Journal,
@@ -38,6 +30,8 @@ from inference_workbench.experiments.journal import (
     now,
 )
 from inference_workbench.experiments.progress import Report, progress_for
+from inference_workbench.experiments.sites import AnyServer, OwnServer, Site
+from inference_workbench.experiments.target import Target
 from inference_workbench.experiments.workloads import AnyWorkload, RequestSet, from_plain, plan
 
 if TYPE_CHECKING:
@@ -54,7 +48,8 @@ DEFAULT_REQUESTS = 24
 class Options:
     """How an experiment is run, whatever it asks."""
 
-    workbench: Workbench | None = None
+    site: Workbench | Target | None = None
+    """The server; without it, a connection is made."""
     path: str | Path | None = None
     progress: ProgressWish = True
     cancel: threading.Event | None = None
@@ -74,6 +69,9 @@ class Result:
     """Name of the function that makes it."""
     tolerant: ClassVar[bool] = False
     """Whether failed requests are part of the result."""
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Arguments that the function calls otherwise than the file."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
@@ -113,9 +111,8 @@ class Result:
         """Return what is sent, by name."""
         return {"workload": from_plain(arguments["workload"])}
 
-    def work(self, conductor: Conductor, workbench: Workbench) -> None:
+    def work(self, conductor: Conductor) -> None:
         """Make the runs, and ask the server what else there is to ask."""
-        del workbench  # subclasses may want it
         conductor.run(self.slots(self.arguments))
 
     @property
@@ -153,16 +150,16 @@ class Result:
         return "\n".join(lines)
 
     def rerun(
-        self, *, workbench: Workbench | None = None, path: str | Path | None = None, progress: ProgressWish = True
+        self,
+        *,
+        wb: Workbench | Target | None = None,
+        path: str | Path | None = None,
+        progress: ProgressWish = True,
     ) -> Agreement:
         """Run the same again, with the very same requests, and say within what tolerance it agrees."""
-        with connected(workbench) as server:
-            current = server._call("GET", "/features")["values"]  # noqa: SLF001 -- our own
+        with site_of(wb) as server:
             manifest = msgspec.structs.replace(
-                self.manifest,
-                environment=environment_of(server),
-                features_before={name: current[name] for name in self.manifest.features_before if name in current},
-                created=now(),
+                self.manifest, environment=server.environment(), features_before=server.switches(), created=now()
             )
             journal = Journal.create(Path(path) if path is not None else default_path(self.kind), manifest)
             for name, load in self.journal.loads.items():
@@ -250,7 +247,7 @@ class Result:
             if name == "workload":
                 shown.append(f"workload={workload_text(self.workload, self.path)}")
             else:
-                shown.append(f"{name}={value!r}")
+                shown.append(f"{self.renamed.get(name, name)}={value!r}")
         return "\n    " + ",\n    ".join([*shown, "wb=wb"]) + ",\n"
 
 
@@ -297,7 +294,7 @@ def make(kind: type[R], arguments: dict[str, Any], options: Options) -> R:
     CancelledError
         If it was cancelled before there was enough for a result.
     """
-    with connected(options.workbench) as workbench:
+    with site_of(options.site) as site:
         if options.path is not None and Path(options.path).exists():
             journal = Journal.read(options.path)
             changed = differing(journal.manifest.arguments, _plain({**journal.manifest.arguments, **arguments}))
@@ -309,20 +306,20 @@ def make(kind: type[R], arguments: dict[str, Any], options: Options) -> R:
                 )
         else:
             path = Path(options.path) if options.path is not None else default_path(kind.kind)
-            journal = _created(kind, arguments, path, workbench)
-        return conduct(kind, journal, workbench, options)
+            journal = _created(kind, arguments, path, site)
+        return conduct(kind, journal, site, options)
 
 
-def conduct(kind: type[R], journal: Journal, workbench: Workbench, options: Options) -> R:
+def conduct(kind: type[R], journal: Journal, site: Site, options: Options) -> R:
     """Make the runs that a journal does not hold yet, and return the result."""
-    cancel = options.cancel or threading.Event()
+    site.cancel = cancel = options.cancel or threading.Event()
     progress = progress_for(options.progress, kind.function, cancel)
-    conductor = Conductor(workbench, journal, progress=progress, cancel=cancel, tolerant=kind.tolerant)
+    conductor = Conductor(site, journal, progress=progress, tolerant=kind.tolerant)
     result = kind(journal)
     last_words = "Stopped."
     try:
         with conductor.switches_restored():
-            result.work(conductor, workbench)
+            result.work(conductor)
         last_words = f"{len(journal.runs)} runs, kept in {journal.path}"
     except KeyboardInterrupt:
         last_words = f"Interrupted; {len(journal.runs)} runs are kept. Go on with iw.resume({str(journal.path)!r})"
@@ -337,20 +334,17 @@ def conduct(kind: type[R], journal: Journal, workbench: Workbench, options: Opti
     return result
 
 
-def _created(kind: type[Result], arguments: dict[str, Any], path: Path, workbench: Workbench) -> Journal:
+def _created(kind: type[Result], arguments: dict[str, Any], path: Path, site: Site) -> Journal:
     """Write an experiment's definition and its requests to a new file."""
-    specs = workbench.features.specs()
-    current = workbench._call("GET", "/features")["values"]  # noqa: SLF001 -- what the server says, not telemetry
-    before = {name: value for name, value in current.items() if name in specs and specs[name].available}
+    before, defaults = site.switches(), site.defaults()
     if arguments.get("features") is None:
         # What stands otherwise than by default belongs to the definition, or it could not be repeated elsewhere.
-        arguments["features"] = {name: value for name, value in before.items() if value != specs[name].default}
-    defaults = {name: specs[name].default for name in before}
+        arguments["features"] = {name: value for name, value in before.items() if value != defaults[name]}
     settings = {
-        name: _overlaid({**defaults, **arguments["features"], **values}, specs)
+        name: site.check({**defaults, **arguments["features"], **values})
         for name, values in kind.settings(arguments).items()
     }
-    target = target_of(workbench)
+    target = site.target()
     count = arguments.get("requests")
     loads = {}
     for name, what in kind.loads(arguments).items():
@@ -360,7 +354,7 @@ def _created(kind: type[Result], arguments: dict[str, Any], path: Path, workbenc
         kind=kind.kind,
         arguments=_plain(arguments),
         settings=settings,
-        environment=environment_of(workbench),
+        environment=site.environment(),
         features_before=before,
         created=now(),
     )
@@ -374,59 +368,18 @@ def _ends(what: AnyWorkload) -> bool:
     return isinstance(what, RequestSet) or what.count is not None
 
 
-def _overlaid(values: Features, specs: Mapping[str, FeatureSpec]) -> Features:
-    """Check the switches of a setting, each and together.
-
-    Raises
-    ------
-    FeatureRefusedError
-        If one of them does not exist, cannot be changed here, or they exclude each other.
-    """
-    known = set(KnownFeatures.__struct_fields__)
-    try:
-        checked = {name: validate(name, value, specs) for name, value in values.items()}
-        apply(KnownFeatures(), {name: value for name, value in checked.items() if name in known}, specs)
-    except FeatureError as error:
-        raise FeatureRefusedError(str(error)) from None
-    return checked
-
-
-def environment_of(workbench: Workbench) -> Environment:
-    """Describe the server and the machine.
-
-    Raises
-    ------
-    WorkbenchError
-        If it has no model.
-    """
-    status = workbench.status()
-    model = status.model
-    if model is None:
-        raise WorkbenchError("The server has no model loaded.")
-    return Environment(
-        server=status.server.version,
-        client=distribution_version(),
-        model=model.name,
-        model_source=model.source,
-        dtype=model.dtype,
-        device=model.device_name,
-        weights=model.quantized_source or "",
-        capacity={} if status.capacity is None else msgspec.to_builtins(status.capacity),
-        platform=platform.platform(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
-    )
-
-
 @contextmanager
-def connected(workbench: Workbench | None) -> Iterator[Workbench]:
-    """Use a workbench, or connect to a server for as long as it takes."""
-    if workbench is not None:
-        yield workbench
-        return
-    from inference_workbench.client import connect  # noqa: PLC0415 -- only for who brings no connection
+def site_of(where: Workbench | Target | None) -> Iterator[Site]:
+    """Use a server, or connect to one for as long as it takes."""
+    if isinstance(where, Target):
+        yield AnyServer(where)
+    elif where is not None:
+        yield OwnServer(where)
+    else:
+        from inference_workbench.client import connect  # noqa: PLC0415 -- only for who brings no connection
 
-    with connect() as own:
-        yield own
+        with connect() as own:
+            yield OwnServer(own)
 
 
 def workload_text(what: AnyWorkload, path: Path) -> str:

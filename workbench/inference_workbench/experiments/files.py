@@ -6,14 +6,18 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
+from inference_workbench.experiments.ablation import Ablation
+from inference_workbench.experiments.capacity import Capacity
 from inference_workbench.experiments.compare import Comparison
-from inference_workbench.experiments.experiment import Options, ProgressWish, Result, conduct, connected
+from inference_workbench.experiments.crossover import Crossover
+from inference_workbench.experiments.experiment import Options, ProgressWish, Result, conduct, site_of
 from inference_workbench.experiments.journal import SUFFIX, ExperimentFileError, Journal, experiments_folder
 
 if TYPE_CHECKING:
     from inference_workbench.client import Workbench
+    from inference_workbench.experiments.target import Target
 
-_KINDS: dict[str, type[Result]] = {each.kind: each for each in (Comparison,)}
+_KINDS: dict[str, type[Result]] = {each.kind: each for each in (Comparison, Ablation, Crossover, Capacity)}
 
 
 def open_result(path: str | Path) -> Result:
@@ -30,7 +34,7 @@ def open_result(path: str | Path) -> Result:
 def resume(
     path: str | Path | None = None,
     *,
-    wb: Workbench | None = None,
+    wb: Workbench | Target | None = None,
     progress: ProgressWish = True,
     cancel: Event | None = None,
 ) -> Result:
@@ -53,13 +57,11 @@ def resume(
         If there is nothing to go on with, or the server has another model now.
     """
     journal = Journal.read(path) if path is not None else _newest_incomplete()
-    with connected(wb) as workbench:
-        model = workbench.status().model
-        before = journal.manifest.environment.model
-        if model is None or model.name != before:
-            found = "no model" if model is None else model.name
+    with site_of(wb) as site:
+        before, found = journal.manifest.environment.model, site.environment().model
+        if found != before:
             raise ExperimentFileError(f"{journal.path} was begun with {before}; the server has {found} now.")
-        return conduct(_kind(journal), journal, workbench, Options(progress=progress, cancel=cancel))
+        return conduct(_kind(journal), journal, site, Options(progress=progress, cancel=cancel))
 
 
 def _kind(journal: Journal) -> type[Result]:
