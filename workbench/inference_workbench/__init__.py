@@ -143,5 +143,12 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME_OF[name]), name)
 
 
+def load_ipython_extension(ipython: Any) -> None:
+    """Add ``%%infer`` to a notebook: called by ``%load_ext inference_workbench``."""
+    from inference_workbench.magics import InferMagics  # noqa: PLC0415 -- only where IPython is
+
+    ipython.register_magics(InferMagics)
+
+
 def __dir__() -> list[str]:
     return sorted(__all__)

@@ -95,7 +95,7 @@ def next_rate(points: Sequence[Point], saturation: float, attainment: float, pre
         return max(passed) * 1.5 if max(passed) < 8 * saturation else None
     low = max((rate for rate in passed if rate < min(failed)), default=None)
     if low is None:
-        return min(failed) / 2 if min(failed) > saturation / 256 else None
+        return min(failed) / 2 if min(failed) > saturation / 32 else None
     return math.sqrt(low * min(failed)) if min(failed) / low > 1 + precision else None
 
 

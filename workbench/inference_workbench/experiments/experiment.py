@@ -297,7 +297,11 @@ def make(kind: type[R], arguments: dict[str, Any], options: Options) -> R:
     with site_of(options.site) as site:
         if options.path is not None and Path(options.path).exists():
             journal = Journal.read(options.path)
-            changed = differing(journal.manifest.arguments, _plain({**journal.manifest.arguments, **arguments}))
+            # Switches in common that were not given were filled in when the file was begun.
+            asked = {
+                name: value for name, value in _plain(arguments).items() if name != "features" or value is not None
+            }
+            changed = differing(journal.manifest.arguments, {**journal.manifest.arguments, **asked})
             if journal.manifest.kind != kind.kind or changed:
                 different = f"; different here: {', '.join(changed)}" if changed else ""
                 raise ExperimentFileError(
