@@ -185,8 +185,16 @@ def test_guidellms_options_mean_the_same_here():
     assert (made.prompt_tokens, made.output_tokens) == (Length(low=32, high=96), Length(low=16, high=16))
     assert (made.requests, made.seed, made.ignore_eos) == (20, 9, True)
     assert iw.from_guidellm(["--rate-type", "poisson", "--rate", "2.5"]).arrivals == Poisson(rate=2.5)
+    new = iw.from_guidellm(
+        "--backend kind=openai_http,target=http://localhost:8000 --profile kind=concurrent,streams=4 "
+        "--constraint kind=max_requests,count=20 --seed kind=static,value=9 "
+        "--data kind=synthetic_text,prompt_tokens=64,prompt_tokens_min=32,prompt_tokens_max=96,output_tokens=16"
+    )
+    assert new == made, "guidellm 0.8 spells the same otherwise"
     with pytest.raises(WorkloadError, match=r"capacity"):
         iw.from_guidellm("--profile sweep")
+    with pytest.raises(WorkloadError, match="not by max_duration"):
+        iw.from_guidellm("--constraint kind=max_duration,seconds=3")
 
 
 def test_workloads_are_plain_data():

@@ -515,11 +515,12 @@ def to_vllm_bench(what: Workload) -> list[str]:
 
 
 def from_guidellm(arguments: str | Sequence[str]) -> Workload:
-    """Translate the options of ``guidellm benchmark`` with synthetic data.
+    """Translate the options of guidellm with synthetic data, in the spelling of its versions up to 0.5 and from 0.8 on.
 
     ``--data`` as ``prompt_tokens=256,output_tokens=128`` (with ``…_min``, ``…_max`` and ``prefix_tokens``),
-    ``--profile`` (or ``--rate-type``) ``synchronous``, ``concurrent``, ``throughput``, ``constant`` or ``poisson`` with
-    ``--rate``, ``--max-requests``, ``--random-seed``.
+    ``--profile`` ``synchronous``, ``concurrent``, ``throughput``, ``constant`` or ``poisson`` with its rate, the number
+    of requests, and the seed; or ``--profile kind=concurrent,streams=4``, ``--constraint kind=max_requests,count=20``,
+    ``--seed kind=static,value=42``.
 
     Raises
     ------
@@ -527,44 +528,58 @@ def from_guidellm(arguments: str | Sequence[str]) -> Workload:
         For what has no counterpart here, such as a sweep (:func:`~inference_workbench.capacity` is one).
     """
     options = _options(arguments)
-    data = dict(
-        pair.split("=", 1) for pair in str(options.pop("data", "prompt_tokens=256,output_tokens=128")).split(",")
-    )
+    data = _pairs(options.pop("data", "prompt_tokens=256,output_tokens=128"))
+    if (kind := data.pop("kind", "synthetic_text")) != "synthetic_text":
+        raise WorkloadError(f"Only synthetic data is made here, not {kind}; give a file as workload('x.jsonl').")
     prefix = int(data.pop("prefix_tokens", 0))
     prompt = _guidellm_length(data, "prompt", prefix)
     output = _guidellm_length(data, "output", 0)
     if data:
         raise WorkloadError(f"These entries of --data have no counterpart here: {', '.join(data)}.")
-    profile = options.pop("profile", None) or options.pop("rate-type", "synchronous")
-    rate = float(options.pop("rate", 1))
-    arrivals: ClosedLoop | Poisson
-    match profile:
-        case "synchronous":
-            arrivals = ClosedLoop(concurrency=1)
-        case "concurrent":
-            arrivals = ClosedLoop(concurrency=int(rate))
-        case "throughput":
-            arrivals = ClosedLoop(concurrency=512)
-        case "poisson":
-            arrivals = Poisson(rate=rate)
-        case "constant":
-            arrivals = Poisson(rate=rate, burstiness=1000.0)
-        case other:
-            raise WorkloadError(f"The profile {other!r} is no single load. For a sweep use iw.capacity(…).")
-    count = options.pop("max-requests", None)
+    profile = _pairs(options.pop("profile", "") or options.pop("rate-type", "synchronous"), first="kind")
+    old_rate = options.pop("rate", None)
+    rate = float(profile.get("streams") or profile.get("rate") or old_rate or 1)
+    constraint = _pairs(options.pop("constraint", ""), first="kind")
+    if constraint.get("kind", "max_requests") != "max_requests":
+        raise WorkloadError(f"A run ends after so many requests here, not by {constraint['kind']}.")
+    old_count, old_seed = options.pop("max-requests", None), options.pop("random-seed", None)
+    count = constraint.get("count") or old_count
+    seed = _pairs(options.pop("seed", ""), first="value").get("value") or old_seed or 42
     made = Workload(
         name="guidellm",
         source="random",
-        arrivals=arrivals,
+        arrivals=_guidellm_arrivals(profile["kind"], rate),
         prompt_tokens=prompt,
         output_tokens=output,
         shared_prefix_tokens=prefix,
         ignore_eos=True,
         requests=None if count is None else int(count),
-        seed=int(options.pop("random-seed", 42)),
+        seed=int(seed),
     )
-    _refuse_rest(options, "guidellm benchmark")
+    _refuse_rest(options, "guidellm")
     return made
+
+
+def _guidellm_arrivals(profile: str, rate: float) -> ClosedLoop | Poisson:
+    match profile:
+        case "synchronous":
+            return ClosedLoop(concurrency=1)
+        case "concurrent":
+            return ClosedLoop(concurrency=int(rate))
+        case "throughput":
+            return ClosedLoop(concurrency=512)
+        case "poisson":
+            return Poisson(rate=rate)
+        case "constant":
+            return Poisson(rate=rate, burstiness=1000.0)
+        case other:
+            raise WorkloadError(f"The profile {other!r} is no single load. For a sweep use iw.capacity(…).")
+
+
+def _pairs(text: str, first: str = "kind") -> dict[str, str]:
+    """Read ``name=value,…``; a value without a name is the first one's."""
+    pairs = (part.partition("=") for part in text.split(",") if part)
+    return dict((name, value) if sign else (first, name) for name, sign, value in pairs)
 
 
 def _guidellm_length(data: dict[str, str], what: str, prefix: int) -> Length:
@@ -582,7 +597,7 @@ def _around(mean: int, ratio: float, more: int = 0) -> Length:
 _FLAGS = {"ignore-eos"}
 _WHERE_AND_HOW = {"backend", "base-url", "host", "port", "endpoint", "model", "tokenizer", "target", "save-result",
                   "percentile-metrics", "metric-percentiles", "output-path", "max-seconds", "backend-type", "processor",
-                  "disable-tqdm", "result-dir", "result-filename", "served-model-name"}  # fmt: skip
+                  "disable-tqdm", "output", "disable-console", "result-dir", "result-filename"}  # fmt: skip
 """Options of other tools that do not change what is sent."""
 
 
