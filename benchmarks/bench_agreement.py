@@ -3,8 +3,7 @@
     python benchmarks/bench_agreement.py --guidellm PATH --url URL --tokenizer FOLDER [--token T] [--rounds 3]
 
 Sends the same prompts and lengths in a closed loop. Figures are compared by what they mean: guidellm's inter-token
-latency of a request is our TPOT, and output tokens per second are taken from the first request's begin to the last one's
-end.
+latency of a request is our TPOT, and output tokens per second run from the first request's begin to the last one's end.
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
 """Ablations and crossovers: what they compute, on runs whose truth is known, and that they run on a real server."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from servers_under_test import python_path, wait_for_socket
 
 import inference_workbench as iw
 from inference_workbench.experiments.ablation import Ablation
@@ -191,6 +196,37 @@ def test_an_ablation_on_a_server_sets_every_combination(wb, folder):
     assert "prefix_cache_read × max_num_seqs" in result.summary()
     assert "features={'prefix_cache_read': [False, True]" in result.cell()
     assert iw.open_result(folder / "a.iwexp").summary() == result.summary()
+
+
+def test_a_kernel_and_a_server_that_are_killed_in_mid_ablation_cost_the_run_under_way(server, wb, folder):
+    path = folder / "killed.iwexp"
+    code = (
+        "import inference_workbench as iw\n"
+        f"wb = iw.connect(uds={str(server.uds)!r}, token={server.token!r})\n"
+        "load = iw.workload('chat', output_tokens=60, concurrency=2, ignore_eos=True)\n"
+        "factors = {'prefix_cache_read': (False, True), 'max_num_seqs': (1, 8)}\n"
+        f"iw.ablate(factors, load, wb=wb, requests=2, progress=False, path={str(path)!r})\n"
+    )
+    kernel = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": python_path()})
+    deadline = time.monotonic() + 120
+    while not path.exists() or len(Journal.read(path).runs) < 7:
+        assert kernel.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kernel.kill()
+    kernel.wait()
+    server.kill()
+    before = Journal.read(path)
+    server.start()
+    wait_for_socket(server, 60)
+    resumed = iw.resume(path, wb=wb, progress=False)
+    assert resumed.complete
+    kept = {key: run.started for key, run in before.runs.items()}
+    assert len(kept) >= 7
+    assert {key: resumed.journal.runs[key].started for key in kept} == kept
+    assert resumed.journal.loads == before.loads, "the very same requests"
+    assert wb.features.max_num_seqs == 32
+    assert len(resumed.effects()) == 3
 
 
 def test_a_crossover_on_a_server_varies_the_load(wb, folder):

@@ -86,13 +86,14 @@ class OwnServer:
         return self._target
 
     def environment(self) -> Environment:
-        """Describe the server, the model and the machine.
+        """Describe the server, the model and the machine, once the model is loaded.
 
         Raises
         ------
         WorkbenchError
-            If no model is loaded.
+            If it cannot be loaded.
         """
+        self._wait_ready()
         status = self.workbench.status()
         model = status.model
         if model is None:
