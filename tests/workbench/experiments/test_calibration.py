@@ -18,12 +18,12 @@ from inference_workbench.experiments.sender import Answer
 RECORDED = Path(__file__).parent / "data" / "calibration.json.gz"
 
 
-def answers(run, stretch=1.0):
+def answers(run):
     return [
         Answer(
             index=each["index"],
             sent_s=each["sent_s"],
-            times_s=[each["sent_s"] + (time - each["sent_s"]) * stretch for time in each["times_s"]],
+            times_s=each["times_s"],
             counts=[1] * len(each["times_s"]),
             output_tokens=len(each["times_s"]),
         )
@@ -39,10 +39,27 @@ def blocks():
     return [block for _, block in sorted(found.items()) if len(block) == 3]
 
 
-def comparisons(blocks, candidate, stretch=1.0):
+def comparisons(blocks, candidate):
     """Twenty comparisons of the default number of pairs: each takes blocks that follow one another."""
-    effects = [paired_effects(answers(block["one"]), answers(block[candidate], stretch)) for block in blocks]
+    effects = [paired_effects(answers(block["one"]), answers(block[candidate])) for block in blocks]
     starts = np.linspace(0, len(effects) - DEFAULT_PAIRS, 20).round().astype(int)
     for start in starts:
         chosen = effects[start : start + DEFAULT_PAIRS]
         yield {name: np.array([effect[name] for effect in chosen]) for name in METRICS}
+
+
+def test_of_twenty_comparisons_of_identical_settings_one_at_most_is_called_different(blocks):
+    alarms = [min(joint_p(effects).values()) <= 0.05 for effects in comparisons(blocks, "same")]
+    assert sum(alarms) <= 1
+
+
+def test_an_engine_that_is_five_percent_slower_is_found_at_the_default_length(blocks):
+    found = []
+    for effects in comparisons(blocks, "slower"):
+        found.append(joint_p(effects)["tpot_ms"] <= 0.05 and effects["tpot_ms"].mean() > 0)
+    assert np.mean(found) >= 0.9
+
+
+def test_what_was_planted_is_what_is_found(blocks):
+    effects = [paired_effects(answers(block["one"]), answers(block["slower"])) for block in blocks]
+    assert np.exp(np.median([effect["tpot_ms"] for effect in effects])) == pytest.approx(1.05, abs=0.02)

@@ -13,21 +13,15 @@ CHAT = iw.workload("chat", output_tokens=(8, 16), concurrency=2, ignore_eos=True
 SHORT = {"requests": 4, "pairs": 6, "progress": False}
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def one_by_one(module_workbench, tmp_path_factory):
     """A comparison with an effect that no noise can hide."""
-    at_once = iw.workload("chat", output_tokens=48, concurrency=12, ignore_eos=True)
+    at_once = iw.workload("chat", output_tokens=32, concurrency=8, ignore_eos=True)
     path = tmp_path_factory.mktemp("result") / "one-by-one.iwexp"
     reports = []
     module_workbench.features.max_num_seqs = 7
     candidate = {"batching": "single", "kv_cache": False}
-    options = {"requests": 12, "pairs": 8, "progress": reports.append}
+    options = {"requests": 8, "pairs": 8, "progress": reports.append}
     result = iw.compare({}, candidate, at_once, wb=module_workbench, path=path, **options)
     return result, reports, dict(module_workbench.features.current())
 
@@ -46,7 +40,7 @@ def test_a_large_effect_is_found_with_the_right_sign_and_said_in_words(one_by_on
 def test_neither_batching_nor_the_kv_cache_changes_an_output(one_by_one):
     result, _, _ = one_by_one
     assert result.outputs.verdict == "identical"
-    assert result.outputs.requests == result.outputs.identical == 12
+    assert result.outputs.requests == result.outputs.identical == 8
 
 
 def test_runs_alternate_pair_by_pair_after_one_of_each_that_does_not_count(one_by_one):
@@ -71,7 +65,7 @@ def test_the_server_saw_what_the_client_saw_within_the_clients_times(one_by_one)
     result, _, _ = one_by_one
     frame = result.to_frame()
     assert (frame["server_ttft_ms"] <= frame["ttft_ms"]).all(), "a client's TTFT begins earlier and ends later"
-    assert (result.requests["output_tokens"] == 48).all()
+    assert (result.requests["output_tokens"] == 32).all()
 
 
 def test_switches_stand_as_before_and_belong_to_the_definition(one_by_one, module_workbench):
