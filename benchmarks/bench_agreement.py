@@ -122,6 +122,7 @@ def main() -> None:
         "subject": "ours",
         "peer": "guidellm",
         "server": arguments.server,
+        "concurrency": arguments.concurrency,
         "metric": "max_disagreement_with_peer_client",
         "value": round(worst, 4),
         "unit": "fraction",

@@ -14,6 +14,7 @@ import pytest
 from inference_workbench.experiments.compare import DEFAULT_PAIRS
 from inference_workbench.experiments.figures import METRICS, paired_effects
 from inference_workbench.experiments.sender import Answer
+from inference_workbench.experiments.statistics import joint_p
 
 RECORDED = Path(__file__).parent / "data" / "calibration.json.gz"
 
@@ -54,9 +55,10 @@ def test_of_twenty_comparisons_of_identical_settings_one_at_most_is_called_diffe
 
 
 def test_an_engine_that_is_five_percent_slower_is_found_at_the_default_length(blocks):
-    found = []
-    for effects in comparisons(blocks, "slower"):
-        found.append(joint_p(effects)["tpot_ms"] <= 0.05 and effects["tpot_ms"].mean() > 0)
+    found = [
+        joint_p(effects)["tpot_ms"] <= 0.05 and effects["tpot_ms"].mean() > 0
+        for effects in comparisons(blocks, "slower")
+    ]
     assert np.mean(found) >= 0.9
 
 
