@@ -32,12 +32,14 @@ if TYPE_CHECKING:
         WorkbenchError,
     )
     from inference_workbench.experiments.ablation import Ablation, ablate
+    from inference_workbench.experiments.bench import Benchmark, bench
     from inference_workbench.experiments.capacity import Capacity, capacity
     from inference_workbench.experiments.compare import Comparison, compare
     from inference_workbench.experiments.conductor import CancelledError
     from inference_workbench.experiments.crossover import Crossover, crossover
     from inference_workbench.experiments.files import open_result, resume
     from inference_workbench.experiments.journal import ExperimentFileError
+    from inference_workbench.experiments.target import Target, target
     from inference_workbench.experiments.workloads import (
         RequestSet,
         from_guidellm,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ablation",
     "AppliedSwitch",
+    "Benchmark",
     "CancelledError",
     "Capacity",
     "Comparison",
@@ -77,11 +80,13 @@ __all__ = [
     "Status",
     "Summary",
     "Switches",
+    "Target",
     "VersionMismatchError",
     "Workbench",
     "WorkbenchError",
     "WorkloadRun",
     "ablate",
+    "bench",
     "capacity",
     "compare",
     "connect",
@@ -95,6 +100,7 @@ __all__ = [
     "replay",
     "resume",
     "save_workload",
+    "target",
     "to_vllm_bench",
     "workload",
 ]
@@ -111,12 +117,14 @@ _HOMES = {
         "WorkbenchError",
     ),
     "experiments.ablation": ("Ablation", "ablate"),
+    "experiments.bench": ("Benchmark", "bench"),
     "experiments.capacity": ("Capacity", "capacity"),
     "experiments.compare": ("Comparison", "compare"),
     "experiments.conductor": ("CancelledError",),
     "experiments.crossover": ("Crossover", "crossover"),
     "experiments.files": ("open_result", "resume"),
     "experiments.journal": ("ExperimentFileError",),
+    "experiments.target": ("Target", "target"),
     "experiments.workloads": (
         "RequestSet",
         "from_guidellm",

@@ -17,6 +17,7 @@ from inference_workbench.experiments.bench import Benchmark, bench, parse_length
 from inference_workbench.experiments.capacity import Capacity, capacity
 from inference_workbench.experiments.progress import progress_for
 from inference_workbench.experiments.target import Target
+from inference_workbench.experiments.target import target as find_target
 from inference_workbench.experiments.workloads import AnyWorkload, from_guidellm, from_vllm_bench, workload
 
 
@@ -50,7 +51,7 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> None:
     WorkbenchError, WorkloadError
         With a message that says what to do.
     """
-    target = Target.probe(_endpoint(options), options.model)
+    target = _target(options)
     what = _workload(options)
     slo = parse_slo(options.slo) if options.slo else None
     if options.find_capacity:
@@ -80,14 +81,11 @@ def run_bench(options: BenchOptions, out: Console, err: Console) -> None:
         err.print("Some requests failed.", style="red")
 
 
-def _endpoint(options: BenchOptions) -> Endpoint:
-    if options.url is None:
-        assert options.server is not None
-        return Endpoint.of(options.server)
-    url = options.url.rstrip("/").removesuffix("/v1")
-    if not url.startswith(("http://", "https://")):
-        raise WorkbenchError(f"{options.url!r} is no address. Write for example http://127.0.0.1:8000.")
-    return Endpoint(token=options.token or "", url=url, authorization=True)
+def _target(options: BenchOptions) -> Target:
+    if options.url is not None:
+        return find_target(options.url, token=options.token, model=options.model)
+    assert options.server is not None
+    return Target.probe(Endpoint.of(options.server), options.model)
 
 
 def _workload(options: BenchOptions) -> AnyWorkload:

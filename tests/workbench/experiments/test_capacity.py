@@ -7,10 +7,8 @@ import pytest
 from streaming_server import DONE, StreamingServer, event, text
 
 import inference_workbench as iw
-from inference_workbench.endpoint import Endpoint
 from inference_workbench.experiments.capacity import Point, meets, next_rate
 from inference_workbench.experiments.sender import Answer
-from inference_workbench.experiments.target import Target
 
 
 def search(limit, saturation, precision=0.1):
@@ -64,7 +62,7 @@ def one_at_a_time():
         yield free_at[0] - time.monotonic(), text("a", finish_reason="length") + DONE
 
     server = StreamingServer(script)
-    yield Target.probe(Endpoint(token="", url=server.url))
+    yield iw.target(server.url)
     server.close()
 
 
@@ -83,6 +81,7 @@ def test_the_limit_of_a_real_queue_is_found_over_http_and_a_file_goes_on(one_at_
     assert [len(figure.renderers) > 0 for figure in found.plot().children] == [True, True]
     opened = iw.open_result(tmp_path / "c.iwexp")
     assert opened.bracket == found.bracket
+    assert "wb = iw.target('http://127.0.0.1:" in found.cell()
     runs = len(found.journal.runs)
     again = iw.capacity({"e2e_ms": 200}, workload, path=tmp_path / "c.iwexp", **options)
     assert len(again.journal.runs) == runs
@@ -93,7 +92,7 @@ def test_failed_requests_are_no_error_but_not_good(tmp_path):
         yield 0.0, text("a", finish_reason="length") + DONE if number % 2 else event(error={"message": "full"})
 
     server = StreamingServer(script)
-    target = Target.probe(Endpoint(token="", url=server.url))
+    target = iw.target(server.url)
     path = tmp_path / "f.iwexp"
     workload = iw.workload("chat", rate=1.0, burstiness=100.0)
     found = iw.capacity({"e2e_ms": 5000}, workload, requests=2, path=path, wb=target, progress=False)

@@ -145,7 +145,10 @@ class Result:
 
     def cell(self) -> str:
         """Return the code that makes this result again, in a fresh kernel."""
-        lines = ["import inference_workbench as iw", "", "wb = iw.connect()"]
+        environment = self.manifest.environment
+        # A server of ours is described; of others only the address is known.
+        server = "iw.connect()" if environment.dtype else f"iw.target({environment.server!r})"
+        lines = ["import inference_workbench as iw", "", f"wb = {server}"]
         lines += [f"result = iw.{self.function}({self._call_text()})", "result"]
         return "\n".join(lines)
 

@@ -90,6 +90,34 @@ class Target:
         return Encoder(self)
 
 
+def target(url: str, *, token: str | None = None, model: str | None = None) -> Target:
+    """Find any server of OpenAI's API, such as ours, vLLM, llama.cpp or Ollama.
+
+    Parameters
+    ----------
+    url
+        Its address, with or without ``/v1``.
+    token
+        Its key, where it wants one.
+    model
+        The model to ask for; without it, the first that the server lists.
+
+    Raises
+    ------
+    WorkbenchError
+        If nobody answers, or what answers is no such server.
+
+    Examples
+    --------
+    >>> iw.bench(iw.target("http://127.0.0.1:8000"), "chat", requests=50)
+    >>> iw.capacity({"ttft_ms": 500}, wb=iw.target("http://127.0.0.1:8000"))
+    """
+    if not url.startswith(("http://", "https://")):
+        raise WorkbenchError(f"{url!r} is no address. Write for example http://127.0.0.1:8000.")
+    base = url.rstrip("/").removesuffix("/v1")
+    return Target.probe(Endpoint(token=token or "", url=base, authorization=True), model)
+
+
 class Encoder:
     """Asks a server for token ids, and remembers them; counts characters where it cannot be asked.
 
