@@ -8,6 +8,7 @@ import pytest
 import inference_workbench as iw
 from inference_workbench.experiments.compare import Comparison
 from inference_workbench.experiments.journal import Journal
+from inference_workbench.experiments.sites import OwnServer
 
 CHAT = iw.workload("chat", output_tokens=(8, 16), concurrency=2, ignore_eos=True)
 SHORT = {"requests": 4, "pairs": 6, "progress": False}
@@ -119,6 +120,11 @@ def test_a_setting_that_is_refused_is_refused_before_anything_runs(wb, folder):
     with pytest.raises(iw.WorkbenchError, match="takes 6 pairs"):
         iw.compare({}, {"kv_cache": False}, CHAT, wb=wb, pairs=5)
     assert not list(folder.rglob("*.iwexp"))
+
+
+def test_a_server_that_lacks_a_switch_of_the_experiment_is_not_measured_without_it(wb):
+    with pytest.raises(iw.FeatureRefusedError, match="no switch warp_drive any more"):
+        OwnServer(wb).prepare({"kv_cache": True, "warp_drive": True})
 
 
 def test_a_request_that_the_server_refuses_is_named_and_switches_are_put_back(wb, folder):

@@ -152,11 +152,18 @@ class OwnServer:
         ------
         WorkbenchError
             If others keep it busy.
+        FeatureRefusedError
+            If it does not have one of the switches.
         ServerGoneError
             If it is gone and does not come back.
         """
         self._wait_ready()
         self._wait_idle()
+        missing = sorted(set(wanted) - set(self.switches()))
+        if missing:
+            raise FeatureRefusedError(
+                f"The server has no switch {', '.join(missing)} any more: it was started otherwise, or is another version."
+            )
         self.switch(wanted)
         self.workbench.store.wait_for_tasks(_SERVER_PATIENCE_S)
         self._instance = self.workbench.store.instance
