@@ -162,7 +162,8 @@ class OwnServer:
         missing = sorted(set(wanted) - set(self.switches()))
         if missing:
             raise FeatureRefusedError(
-                f"The server has no switch {', '.join(missing)} any more: it was started otherwise, or is another version."
+                f"The server has no switch {', '.join(missing)} any more: it was started otherwise, or is of another "
+                "version."
             )
         self.switch(wanted)
         self.workbench.store.wait_for_tasks(_SERVER_PATIENCE_S)
