@@ -1,4 +1,4 @@
-"""Comparisons are believed rightly: on runs of the default model that were recorded, on a machine that others used, too.
+"""Comparisons are believed rightly: on recorded runs of the default model, on a machine that others used, too.
 
 ``data/calibration.json.gz`` holds blocks of runs of about 64 tokens each, by ``benchmarks/experiments.py record``: one
 setting twice, and (in the last recording) the same with an engine that was 5 % slower.
