@@ -1,4 +1,4 @@
-"""The command line: ``inference-workbench serve | lab | fetch-model | distill | status | recover | export | stop``."""
+"""The command line: ``inference-workbench serve | lab | status | record | export | bench …``; ``--help`` lists all."""
 
 from __future__ import annotations
 
@@ -286,6 +286,82 @@ def export(
                 size = sum(file.stat().st_size for file in files)
                 _out.print(f"{path}  ({size / 1e6:,.1f} MB)", markup=False)
     except (RecordingError, WorkbenchError, OSError) as error:
+        _err.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def bench(
+    url: Annotated[
+        str | None, typer.Option(help="Address of any server of OpenAI's API. [default: the server that runs here]")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="INFERENCE_WORKBENCH_BENCH_TOKEN", help="Its key; prefer the environment.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask for. [default: the first that it lists]")] = None,
+    workload: Annotated[
+        str, typer.Option(help="A preset, such as chat; or a file: .json, .jsonl (also ShareGPT), .iwrec.")
+    ] = "chat",
+    requests: Annotated[int | None, typer.Option(min=1, help="How many. [default: the workload's, or 24]")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="A closed loop of so many.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Or arrivals by themselves: so many a second.")] = None,
+    burstiness: Annotated[float | None, typer.Option(help="1 is a Poisson process, below 1 are bursts.")] = None,
+    prompt_tokens: Annotated[str | None, typer.Option(help="Length of prompts: 128, or 100:600.")] = None,
+    output_tokens: Annotated[str | None, typer.Option(help="Length of answers: 128, or 16:128.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Answers are exactly as long as drawn.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts, lengths and arrivals.")] = None,
+    vllm: Annotated[str | None, typer.Option(help="Instead, the options of 'vllm bench serve', in quotes.")] = None,
+    guidellm: Annotated[str | None, typer.Option(help="Instead, those of 'guidellm benchmark', in quotes.")] = None,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Send token ids instead of words (our server, vLLM).")
+    ] = False,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests that go first and do not count.")] = 1,
+    slo: Annotated[str | None, typer.Option(help="Objectives for goodput, in ms: ttft=500,tpot=50.")] = None,
+    find_capacity: Annotated[
+        bool, typer.Option("--find-capacity", help="Search the highest rate at which 90 % of requests meet --slo.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here, as JSON.")] = None,
+    details: Annotated[bool, typer.Option("--details", help="With every request's times.")] = False,
+    json_only: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure a server as a client sees it: ours, vLLM, llama.cpp, Ollama, or any other of OpenAI's API."""
+    from inference_server.workloads.workload import WorkloadError  # noqa: PLC0415 -- only this command needs them
+    from inference_workbench.bench_command import BenchOptions, run_bench  # noqa: PLC0415
+    from inference_workbench.errors import WorkbenchError  # noqa: PLC0415
+
+    chosen = None if url is not None else _chosen_server(None)
+    given = {
+        "concurrency": concurrency,
+        "rate": rate,
+        "burstiness": burstiness,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "ignore_eos": ignore_eos or None,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    options = BenchOptions(
+        server=chosen,
+        url=url,
+        token=token,
+        model=model,
+        workload=workload,
+        values={name: value for name, value in given.items() if value is not None},
+        vllm=vllm,
+        guidellm=guidellm,
+        requests=requests,
+        as_text=not token_ids,
+        warm_up=warm_up,
+        slo=slo,
+        find_capacity=find_capacity,
+        output=output,
+        details=details,
+        json_only=json_only,
+    )
+    try:
+        run_bench(options, _out, _err)
+    except (WorkbenchError, WorkloadError) as error:
         _err.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from error
 

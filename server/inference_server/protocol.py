@@ -300,6 +300,15 @@ class CheckIntegrity(Message, frozen=True, tag="check_integrity"):
     correlation: int
 
 
+class ForgetCaches(Message, frozen=True, tag="forget_caches"):
+    """Empty the prefix cache and the response cache; running requests keep their blocks.
+
+    Answered by :class:`CommandDone` with how many ``blocks`` and ``answers`` were given up.
+    """
+
+    correlation: int
+
+
 class Sleep(Message, frozen=True, tag="sleep"):
     """Give the device's memory back between two steps; requests wait.
 
@@ -352,7 +361,17 @@ class Quantization(Message, frozen=True, tag="quantization"):
 
 
 ToEngine = (
-    Submit | Cancel | SetFeatures | CheckIntegrity | MeasureCeilings | Quantization | Sleep | Wake | Ping | Shutdown
+    Submit
+    | Cancel
+    | SetFeatures
+    | CheckIntegrity
+    | MeasureCeilings
+    | ForgetCaches
+    | Quantization
+    | Sleep
+    | Wake
+    | Ping
+    | Shutdown
 )
 
 

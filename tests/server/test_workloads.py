@@ -27,8 +27,8 @@ def encode(text: str) -> list[int]:
     return [sum(map(ord, word)) % 1000 for word in text.replace("\n", " \n ").split(" ") if word]
 
 
-def render(text: str) -> str:
-    return f"<user> {text} <assistant>"
+def compose(text: str) -> list[int]:
+    return encode(f"<user> {text} <assistant>")
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -36,8 +36,8 @@ def test_a_preset_brings_the_same_requests_every_time_and_survives_json(name: st
     workload = PRESETS[name][1]
     again = msgspec.json.decode(msgspec.json.encode(workload), type=Workload)
     assert again == workload
-    first = [workload.request(index, encode, render, 1000) for index in range(5)]
-    assert first == [again.request(index, encode, render, 1000) for index in range(5)]
+    first = [workload.request(index, encode, compose, 1000) for index in range(5)]
+    assert first == [again.request(index, encode, compose, 1000) for index in range(5)]
     assert len({tuple(each.prompt) for each in first}) > 1
     assert [workload.gap_s(index) for index in range(5)] == [again.gap_s(index) for index in range(5)]
 
@@ -58,9 +58,9 @@ def test_prompts_are_as_long_as_asked_and_begin_alike(source: str, length: int, 
             "shared_prefix_tokens": shared,
         }
     )
-    one, two = (workload.request(index, encode, render, 1000) for index in (0, 1))
+    one, two = (workload.request(index, encode, compose, 1000) for index in (0, 1))
     for each in (one, two):
-        fits = len(encode(render("x"))) + 60 <= wanted or source == "random"
+        fits = len(compose("x")) + 60 <= wanted or source == "random"
         if fits and source != "chat":
             assert wanted - 4 <= len(each.prompt) <= wanted, "whole words, so a token or two may be missing"
         assert 16 <= each.output_tokens <= 128

@@ -47,7 +47,7 @@ from inference_workbench.traffic import Traffic
 if TYPE_CHECKING:
     from inference_workbench.panel import Panel
     from inference_workbench.recording import Recording
-    from inference_workbench.workload import WorkloadRun
+    from inference_workbench.replaying import WorkloadRun
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Text to go on from, or chat messages ``{"role": …, "content": …}``."""
@@ -307,7 +307,7 @@ class Workbench:
 
     def replay(self, recording: Recording | str | Path, **options: Any) -> WorkloadRun:
         """Send a recording's requests to this server at the times they came; see :func:`replay`."""
-        from inference_workbench.workload import replay  # noqa: PLC0415 -- only for who replays
+        from inference_workbench.replaying import replay  # noqa: PLC0415 -- only for who replays
 
         return replay(recording, self, **options)
 

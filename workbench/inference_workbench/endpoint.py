@@ -43,6 +43,8 @@ class Endpoint:
     @property
     def headers(self) -> dict[str, str]:
         """What every request has to carry."""
+        if not self.token:
+            return {}
         if self.authorization:
             return {"Authorization": f"Bearer {self.token}"}
         return {"X-Inference-Workbench-Token": self.token}

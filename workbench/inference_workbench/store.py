@@ -25,6 +25,7 @@ from inference_server.protocol import (
     RequestEvent,
     Snapshot,
     StepEvent,
+    TaskEvent,
     TokensEvent,
 )
 
@@ -143,6 +144,7 @@ class EventStore:
         self.engine: EngineEvent | None = None
         self.notices: list[NoticeEvent] = []
         """What the engine had to say to a person, oldest first."""
+        self._tasks: dict[str, TaskEvent] = {}
         self._newest_begin_ns = -1
         self._known_tokens: dict[int, set[int]] = {}
         self._tokens_seen: dict[int, int] = {}
@@ -195,6 +197,8 @@ class EventStore:
                     self.epoch = event.epoch
             case EngineEvent():
                 self.engine = event
+            case TaskEvent():
+                self._tasks[event.name] = event
             case NoticeEvent():
                 if not self.notices or event.at_ns > self.notices[-1].at_ns:  # else known from before a reconnect
                     self.notices.append(event)
@@ -340,6 +344,13 @@ class EventStore:
                         break
                     return None
             return self._handles[request_id]
+
+    def wait_for_tasks(self, timeout_s: float) -> bool:
+        """Wait until the engine does nothing beside serving, such as compiling; false if that takes too long."""
+        with self.changed:
+            return self.changed.wait_for(
+                lambda: all(task.fraction == 1 for task in self._tasks.values()), timeout=timeout_s
+            )
 
     def handle(self, request_id: str) -> int | None:
         """Return the handle of a request, if it has been heard of."""

@@ -53,7 +53,7 @@ class Traffic:
         WorkloadError
             If a value is wrong.
         """
-        plain = _plain(values, None)
+        plain = spelled_out(values, None)
         made = convert({"preset": workload, **plain}) if isinstance(workload, str) else changed(workload, plain)
         self._call("POST", "/traffic", json=msgspec.to_builtins(made))
         return self
@@ -61,7 +61,7 @@ class Traffic:
     def set(self, **values: Any) -> TrafficEvent | None:
         """Change the workload that runs, from the next request on; values as in :meth:`start`."""
         status = self.status
-        return _event(self._call("PATCH", "/traffic", json=_plain(values, status)))
+        return _event(self._call("PATCH", "/traffic", json=spelled_out(values, status)))
 
     def command(self, action: Literal["start", "change", "stop"], values: dict[str, Any]) -> None:
         """Pass on what a view asks for, in the server's own terms."""
@@ -92,8 +92,16 @@ class Traffic:
         )
 
 
-def _plain(values: dict[str, Any], running: TrafficEvent | None) -> dict[str, Any]:
-    """Spell the short forms out."""
+def spelled_out(values: dict[str, Any], running: TrafficEvent | None) -> dict[str, Any]:
+    """Write the short forms of a workload's values in full: ``concurrency``, ``rate``, lengths as numbers and pairs.
+
+    Parameters
+    ----------
+    values : dict
+        Fields of a workload.
+    running : TrafficEvent, optional
+        What arrives now: a new rate keeps its burstiness.
+    """
     plain = {name: msgspec.to_builtins(value) for name, value in values.items()}
     closed = "concurrency" in plain
     if closed and ("rate" in plain or "burstiness" in plain):

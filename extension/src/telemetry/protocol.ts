@@ -343,7 +343,10 @@ export interface CeilingsEvent {
 /** Fields of a workload, `inference_server/workloads/workload.py`, or some of them. */
 export interface TrafficValues {
   preset?: string;
-  arrivals?: { kind: 'closed'; concurrency: number } | { kind: 'poisson'; rate: number; burstiness: number };
+  arrivals?:
+    | { kind: 'closed'; concurrency: number }
+    | { kind: 'poisson'; rate: number; burstiness: number }
+    | { kind: 'trace'; times_s: number[] };
   output_tokens?: { low: number; high: number };
   shared_prefix_tokens?: number;
 }

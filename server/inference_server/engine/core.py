@@ -767,6 +767,12 @@ class Engine:
         except FeatureError as refusal:
             self._news.append(CommandFailed(deferred.correlation, str(refusal)))
 
+    def forget_caches(self) -> dict[str, int]:
+        """Empty the prefix cache and the response cache, so that what comes next is computed afresh."""
+        answers = len(self._responses)
+        self._responses.clear()
+        return {"blocks": self.cache.pool.forget_cached(), "answers": answers}
+
     def _restart_cache(self, after: Features) -> int:
         """Go on with an empty cache laid out for ``after``; return how many positions have to be computed again."""
         before = self.cache

@@ -31,6 +31,7 @@ from inference_server.protocol import (
     CommandDone,
     CommandFailed,
     EngineConfig,
+    ForgetCaches,
     FromEngine,
     Heartbeat,
     Hello,
@@ -180,6 +181,8 @@ class EngineProcess:
                             self._emit(CommandDone(correlation, engine.check_integrity()))
                         except AssertionError as error:
                             self._emit(CommandFailed(correlation, str(error)))
+                    case ForgetCaches(correlation):
+                        self._emit(CommandDone(correlation, engine.forget_caches()))
                     case Sleep(correlation) | Wake(correlation):
                         try:
                             change = engine.sleep if isinstance(command, Sleep) else engine.wake

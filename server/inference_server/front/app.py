@@ -37,6 +37,7 @@ from inference_server.front.supervisor import EngineSupervisor
 from inference_server.front.telemetry import Served, TelemetryHub
 from inference_server.front.telemetry_cost import FrontCost, TelemetryCost
 from inference_server.front.token_book import TokenBook
+from inference_server.front.tokenize_api import TokenizeApi
 from inference_server.front.tokenizer import ModelTokenizer
 from inference_server.front.tracing import Tracer
 from inference_server.front.traffic import Traffic
@@ -275,6 +276,7 @@ def create_app(front: Front) -> FastAPI:
     app.add_exception_handler(Exception, _answer_bug)
     openai = OpenAiApi(front.supervisor, front.requests, front.tokenizer, loading_wait_s=settings.loading_wait_s)
     app.include_router(openai.router)
+    app.include_router(TokenizeApi(front.supervisor, front.tokenizer).router)
     app.include_router(TrafficApi(front.traffic).router)
     app.include_router(QuantizationApi(front.supervisor).router)
     app.include_router(ControlApi(front.server, front.supervisor, front.requests, front.log).router)

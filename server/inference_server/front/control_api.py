@@ -54,6 +54,7 @@ class ControlApi:
             ("PATCH", "/features", self.switch),
             ("GET", "/requests", self.list_requests),
             ("POST", "/requests/{identifier}/cancel", self.cancel),
+            ("POST", "/reset_prefix_cache", self.forget_caches),
             ("POST", "/engine/start", self.start),
             ("POST", "/engine/stop", self.stop),
             ("POST", "/engine/restart", self.restart),
@@ -139,6 +140,10 @@ class ControlApi:
         for sample in samples:
             self._requests.cancel_sample(sample)
         return _json({"cancelled": [sample.handle for sample in samples]})
+
+    async def forget_caches(self) -> Response:
+        """Empty the prefix cache and the response cache, so that a measurement starts cold."""
+        return _json((await self._supervisor.forget_caches()).result)
 
     async def start(self, body: EngineBody | None = None) -> Response:
         """Start the engine, with another model where one is named."""

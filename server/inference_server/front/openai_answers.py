@@ -86,6 +86,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -102,6 +103,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
@@ -119,6 +121,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +166,10 @@ class _Writer:
         Whether a stream ends with the usage.
     telemetry
         Whether chunks say which tokens they bring.
+    token_ids
+        Whether choices say the ids of the tokens they bring.
+    spell_ids
+        Whether logprobs spell a token as ``token_id:NUMBER``, which tells apart what looks alike as text.
     """
 
     _object: str
@@ -177,6 +184,8 @@ class _Writer:
         logprobs: bool,
         include_usage: bool,
         telemetry: bool,
+        token_ids: bool = False,
+        spell_ids: bool = False,
     ) -> None:
         self._generation = generation
         self._model = model
@@ -184,6 +193,8 @@ class _Writer:
         self._logprobs = logprobs
         self._include_usage = include_usage
         self._telemetry = telemetry
+        self._token_ids = token_ids
+        self._spell_ids = spell_ids
         self._created = int(time.time())
         # Tokens that came since the last chunk of a choice and had no text of their own.
         self._unsaid: dict[int, list[Output]] = {sample.choice: [] for sample in generation.samples}
@@ -193,7 +204,7 @@ class _Writer:
         """Return the server-sent events for one output."""
         unsaid = self._unsaid[output.sample.choice]
         unsaid.append(output)
-        if not (output.text or output.finish or self._logprobs or self._telemetry):
+        if not (output.text or output.finish or self._logprobs or self._telemetry or self._token_ids):
             return b""
         tokens = [one for one in unsaid if one.token_id is not None]
         self._unsaid[output.sample.choice] = []
@@ -263,10 +274,16 @@ class _Writer:
         details = PromptTokensDetails(max((sample.cached_tokens for sample in samples), default=0))
         return Usage(read, written, read + written, details)
 
+    def _ids(self, tokens: Sequence[Output]) -> list[int] | UnsetType:
+        return [one.token_id for one in tokens if one.token_id is not None] if self._token_ids else UNSET
+
+    def _spell(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._spell_ids else self._tokenizer.token_text(token_id)
+
     def _completion_logprobs(self, choice: int, tokens: Sequence[Output]) -> CompletionLogprobs | None:
         if not self._logprobs:
             return None
-        spell = self._tokenizer.token_text
+        spell = self._spell
         logprobs = CompletionLogprobs()
         for output in tokens:
             assert output.token_id is not None
@@ -280,7 +297,7 @@ class _Writer:
     def _chat_logprobs(self, tokens: Sequence[Output]) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        text, raw = self._tokenizer.token_text, self._tokenizer.token_bytes
+        text, raw = self._spell, self._tokenizer.token_bytes
         logprobs = ChatLogprobs()
         for output in tokens:
             assert output.token_id is not None
@@ -297,11 +314,12 @@ class CompletionWriter(_Writer):
 
     def _pieces(self, output: Output, tokens: list[Output]) -> Sequence[CompletionChoice]:
         choice = output.sample.choice
-        return [CompletionChoice(choice, output.text, self._completion_logprobs(choice, tokens), output.finish)]
+        logprobs = self._completion_logprobs(choice, tokens)
+        return [CompletionChoice(choice, output.text, logprobs, output.finish, self._ids(tokens))]
 
     def _choice(self, sample: Sample, text: str, tokens: list[Output]) -> CompletionChoice:
         logprobs = self._completion_logprobs(sample.choice, tokens)
-        return CompletionChoice(sample.choice, text, logprobs, sample.finish_reason)
+        return CompletionChoice(sample.choice, text, logprobs, sample.finish_reason, self._ids(tokens))
 
 
 class ChatWriter(_Writer):
@@ -321,10 +339,12 @@ class ChatWriter(_Writer):
 
     def _pieces(self, output: Output, tokens: list[Output]) -> Sequence[ChatChunkChoice]:
         delta = Delta(content=output.text) if output.text else Delta()
-        return [ChatChunkChoice(output.sample.choice, delta, self._chat_logprobs(tokens), output.finish)]
+        logprobs = self._chat_logprobs(tokens)
+        return [ChatChunkChoice(output.sample.choice, delta, logprobs, output.finish, self._ids(tokens))]
 
     def _choice(self, sample: Sample, text: str, tokens: list[Output]) -> ChatChoice:
-        return ChatChoice(sample.choice, AssistantMessage(text), self._chat_logprobs(tokens), sample.finish_reason)
+        logprobs = self._chat_logprobs(tokens)
+        return ChatChoice(sample.choice, AssistantMessage(text), logprobs, sample.finish_reason, self._ids(tokens))
 
 
 def error_event(detail: ErrorDetail) -> bytes:

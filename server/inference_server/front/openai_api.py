@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -108,16 +108,7 @@ class OpenAiApi:
         messages = [message.for_template() for message in body.messages]
 
         async def encode(tokenizer: ModelTokenizer) -> list[list[int]]:
-            if tokenizer.chat_template is None:
-                raise ApiError(400, "This model has no chat template: it continues texts. Use /v1/completions.")
-            try:
-                text = tokenizer.chat_template.render(
-                    messages,
-                    add_generation_prompt=body.add_generation_prompt,
-                    variables=body.chat_template_kwargs,
-                )
-            except ChatTemplateError as error:
-                raise ApiError(400, str(error), param="messages") from error
+            text = rendered(tokenizer, messages, body.add_generation_prompt, body.chat_template_kwargs)
             return [await tokenizer.encode_async(text, add_special_tokens=False)]
 
         said = [str(message.get("content") or "") for message in messages if message["role"] == "user"]
@@ -174,6 +165,8 @@ class OpenAiApi:
                 logprobs=body.number_of_logprobs is not None,
                 include_usage=body.include_usage,
                 telemetry=body.telemetry,
+                token_ids=body.return_token_ids,
+                spell_ids=body.return_tokens_as_token_ids,
             )
             if not body.stream:
                 answer = await _whole(generation, writer)
@@ -291,6 +284,29 @@ async def _unless_ended(work: Awaitable[T], generation: Generation) -> T:
                 one.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await one
+
+
+def rendered(
+    tokenizer: ModelTokenizer,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    variables: dict[str, Any] | None,
+) -> str:
+    """Write a conversation the way the model expects it.
+
+    Raises
+    ------
+    ApiError
+        If the model has no chat template, or it cannot write this conversation.
+    """
+    if tokenizer.chat_template is None:
+        raise ApiError(400, "This model has no chat template: it continues texts. Use /v1/completions.")
+    try:
+        return tokenizer.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )
+    except ChatTemplateError as error:
+        raise ApiError(400, str(error), param="messages") from error
 
 
 def _raise_failure(outputs: Sequence[Output]) -> None:

@@ -69,6 +69,8 @@ class SamplingBody(_Body):
     features: dict[str, bool | int | str] | None = None
     request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     telemetry: bool = False
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     logit_bias: dict[str, float] | None = None
 
     @property
@@ -203,6 +205,24 @@ class ChatMessage(BaseModel):
                     )
             message["content"] = "\n".join(part.text or "" for part in self.content)
         return message
+
+
+class TokenizeBody(_Body):
+    """Body of ``POST /tokenize``: a text or a conversation, as vLLM has it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(_Body):
+    """Body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[TokenId]
 
 
 class ChatBody(SamplingBody):

@@ -37,6 +37,7 @@ from inference_server.protocol import (
     FeaturesApplied,
     FeaturesEvent,
     FeaturesSettled,
+    ForgetCaches,
     FromEngine,
     Heartbeat,
     Hello,
@@ -313,6 +314,16 @@ class EngineSupervisor:
             422 with what is wrong; 503 or 504 if it did not answer.
         """
         return await self._done(CheckIntegrity)
+
+    async def forget_caches(self) -> CommandDone:
+        """Let the engine empty its prefix cache and its response cache.
+
+        Raises
+        ------
+        ApiError
+            503 or 504 if it did not answer.
+        """
+        return await self._done(ForgetCaches)
 
     async def _done(self, command: Callable[[int], ToEngine]) -> CommandDone:
         answer = await self._ask(command)

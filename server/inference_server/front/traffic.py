@@ -144,7 +144,7 @@ class Traffic:
         due = time.monotonic()
         for index in itertools.count():
             workload = self._workload
-            if workload.requests is not None and index >= workload.requests:
+            if workload.count is not None and index >= workload.count:
                 return
             if isinstance(workload.arrivals, ClosedLoop):
                 await self._free_place()
@@ -235,15 +235,15 @@ class Traffic:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)
 
-        def render(text: str) -> str:
+        def compose(text: str) -> list[int]:
             assert template is not None
             message = {"role": "user", "content": text}
             try:
-                return template.render([message], add_generation_prompt=True, variables={})
+                return encode(template.render([message], add_generation_prompt=True, variables={}))
             except ChatTemplateError as error:
                 raise ApiError(400, str(error)) from error
 
-        return workload.request(index, encode, render if template is not None else None, vocabulary)
+        return workload.request(index, encode, compose if template is not None else None, vocabulary)
 
     async def _read(self, generation: Generation) -> None:
         """Take the answer as a client would."""

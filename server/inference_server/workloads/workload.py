@@ -18,8 +18,8 @@ from inference_server.workloads import texts
 Source = Literal["chat", "summarize", "code", "story", "random"]
 Encode = Callable[[str], list[int]]
 """Token ids of a text, without special tokens."""
-Render = Callable[[str], str]
-"""What a model expects around a user's words: its chat template."""
+Compose = Callable[[str], list[int]]
+"""Token ids of a whole prompt that says a user's words: in the model's chat template, where it has one."""
 
 MAX_CONCURRENCY = 512
 _PARAGRAPH = "\n\n"
@@ -47,7 +47,20 @@ class Poisson(msgspec.Struct, frozen=True, kw_only=True, tag="poisson", tag_fiel
     burstiness: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
 
 
-Arrivals = ClosedLoop | Poisson
+class Trace(msgspec.Struct, frozen=True, kw_only=True, tag="trace", tag_field="kind", forbid_unknown_fields=True):
+    """Requests arrive at the times of a trace, and end with it."""
+
+    times_s: Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
+    """Seconds after the start, ascending."""
+
+    def __post_init__(self) -> None:
+        if any(later < earlier for earlier, later in zip(self.times_s, self.times_s[1:], strict=False)):
+            raise ValueError("the times of a trace have to ascend")
+        if self.times_s[0] < 0:
+            raise ValueError("the times of a trace begin at 0 or later")
+
+
+Arrivals = ClosedLoop | Poisson | Trace
 
 
 class Length(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,14 +92,24 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How many; ``None`` goes on until it is stopped."""
     seed: int = 0
 
+    @property
+    def count(self) -> int | None:
+        """How many requests there are before the workload ends by itself; ``None`` if it does not."""
+        if not isinstance(self.arrivals, Trace):
+            return self.requests
+        return min(len(self.arrivals.times_s), self.requests or len(self.arrivals.times_s))
+
     def gap_s(self, index: int) -> float:
         """Seconds between the arrival of request ``index - 1`` and of ``index``; 0 in a closed loop."""
         if isinstance(self.arrivals, ClosedLoop):
             return 0.0
+        if isinstance(self.arrivals, Trace):
+            times = self.arrivals.times_s
+            return times[index] - (times[index - 1] if index else 0.0)
         shape = self.arrivals.burstiness
         return Random(f"{self.seed}/gap/{index}").gammavariate(shape, 1 / (self.arrivals.rate * shape))
 
-    def request(self, index: int, encode: Encode, render: Render | None, vocabulary: int) -> Planned:
+    def request(self, index: int, encode: Encode, compose: Compose | None, vocabulary: int) -> Planned:
         """Make request number ``index``.
 
         Parameters
@@ -94,8 +117,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         index : int
         encode : callable
             The model's tokenizer.
-        render : callable, optional
-            The model's chat template, where it has one.
+        compose : callable, optional
+            Makes a prompt of a user's words; ``encode`` where the model has no chat template.
         vocabulary : int
             Number of tokens, for random prompts.
         """
@@ -108,22 +131,26 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             shared = Random(f"{self.seed}/shared")
             prefix = [shared.randrange(vocabulary) for _ in range(min(self.shared_prefix_tokens, count - 1))]
             ids = prefix + [random.randrange(vocabulary) for _ in range(count - len(prefix))]
-            return Planned(index=index, prompt=ids, preview=f"{count} random tokens", output_tokens=output, seed=seed)
+            preview = f"{count} random tokens"
+            return Planned(index=index, prompt=ids, text=None, preview=preview, output_tokens=output, seed=seed)
         task, body = self._words(random)
         preview = task if self.source in {"chat", "story"} else f"{task} {body}"
         instructions = _filled(texts.INSTRUCTIONS, self.shared_prefix_tokens, encode, Random(f"{self.seed}/shared"))
         begin = f"{instructions}{_PARAGRAPH}" if instructions else ""
 
+        def words(body: str) -> str:
+            return f"{begin}{task}{_PARAGRAPH}{body}" if body else begin + task
+
         def whole(body: str) -> list[int]:
-            text = f"{begin}{task}{_PARAGRAPH}{body}" if body else begin + task
-            return encode(render(text) if render is not None else text)
+            return (compose or encode)(words(body))
 
         ids = whole(body)
         if length is not None:
             if len(ids) < length:
                 body = _filled(body, length - len(whole("")), encode, random)
-            ids = whole(_cut(body, length, whole, encode))
-        return Planned(index=index, prompt=ids, preview=preview, output_tokens=output, seed=seed)
+            body = _cut(body, length, whole, encode)
+            ids = whole(body)
+        return Planned(index=index, prompt=ids, text=words(body), preview=preview, output_tokens=output, seed=seed)
 
     def _words(self, random: Random) -> tuple[str, str]:
         """A task, and what it is about."""
@@ -144,6 +171,8 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     prompt: list[int]
     """Token ids."""
+    text: str | None
+    """The user's words, before a chat template; ``None`` where the prompt is random tokens."""
     preview: str
     output_tokens: int
     seed: int

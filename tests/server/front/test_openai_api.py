@@ -275,3 +275,75 @@ def test_the_kv_cache_is_switched_while_a_text_is_being_written(front: RunningFr
     assert refused.status_code == 422
     assert "kv_cache" in refused.json()["error"]["message"]
     assert front.http.get("/features").json()["values"]["kv_cache"] is True
+
+
+def test_token_ids_come_with_the_pieces_and_with_the_whole(front: RunningFront) -> None:
+    asked = {"model": "tiny-llama", "max_tokens": 12, "temperature": 0}
+    more = {"ignore_eos": True, "return_token_ids": True}
+    whole = front.client.completions.create(**asked, prompt="The quick", extra_body=more)
+    ids = whole.choices[0].model_extra["token_ids"]
+    assert len(ids) == 12
+    text = front.http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == whole.choices[0].text
+    stream = front.client.completions.create(**asked, prompt="The quick", stream=True, extra_body=more)
+    pieces = [chunk.choices[0].model_extra["token_ids"] for chunk in stream]
+    assert [one for piece in pieces for one in piece] == ids
+    assert all(len(piece) == 1 for piece in pieces), "each token when it is made, with or without text"
+    chat = front.client.chat.completions.create(**asked, messages=CHAT, extra_body=more)
+    assert len(chat.choices[0].model_extra["token_ids"]) == 12
+
+
+def test_logprobs_can_be_spelled_by_id(front: RunningFront) -> None:
+    answer = front.client.completions.create(
+        model="tiny-llama",
+        prompt="The",
+        max_tokens=3,
+        temperature=0,
+        logprobs=3,
+        extra_body={"return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True},
+    )
+    choice = answer.choices[0]
+    assert choice.logprobs.tokens == [f"token_id:{number}" for number in choice.model_extra["token_ids"]]
+    for chosen, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True):
+        assert max(top, key=top.get) == chosen
+
+
+def test_texts_and_conversations_are_tokenized_as_a_request_would_be(front: RunningFront) -> None:
+    def ids(**body: object) -> list[int]:
+        answer = front.http.post("/tokenize", json=body).json()
+        assert answer["count"] == len(answer["tokens"])
+        assert answer["max_model_len"] == 2048
+        return answer["tokens"]
+
+    asked = {"max_tokens": 8, "temperature": 0}
+    by_text = front.http.post("/v1/completions", json={"prompt": "The quick", **asked}).json()
+    by_ids = front.http.post("/v1/completions", json={"prompt": ids(prompt="The quick"), **asked}).json()
+    assert by_text["choices"][0]["text"] == by_ids["choices"][0]["text"]
+    assert by_text["usage"] == by_ids["usage"]
+    chat = front.http.post("/v1/chat/completions", json={"messages": CHAT, **asked}).json()
+    as_ids = front.http.post("/v1/completions", json={"prompt": ids(messages=CHAT), **asked}).json()
+    assert as_ids["choices"][0]["text"] == chat["choices"][0]["message"]["content"]
+    assert as_ids["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    for wrong in ({}, {"prompt": "a", "messages": CHAT}):
+        refused = front.http.post("/tokenize", json=wrong)
+        assert refused.status_code == 422
+        assert "one of 'prompt'" in refused.json()["error"]["message"]
+
+
+def test_emptied_caches_supply_nothing_and_running_requests_go_on(front: RunningFront) -> None:
+    def cached() -> int:
+        body = {"prompt": list(range(10, 110)), "max_tokens": 4, "temperature": 0}
+        usage = front.http.post("/v1/completions", json=body).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    cached()
+    assert cached() >= 90
+    stream = front.client.completions.create(
+        model="tiny-llama", prompt="Once", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    pieces = iter(stream)
+    next(pieces)
+    forgotten = front.http.post("/reset_prefix_cache", json={}).json()
+    assert forgotten["blocks"] > 0
+    assert sum(1 for _ in pieces) >= 100
+    assert cached() == 0
