@@ -24,6 +24,8 @@ export function reproducingCell(store: TelemetryStore, body: GenerateBody | null
     const named = [python(workload.name)];
     if (workload.arrivals?.kind === 'closed') {
       named.push(`concurrency=${workload.arrivals.concurrency}`);
+    } else if (workload.arrivals?.kind === 'trace') {
+      named.push(`arrivals={"kind": "trace", "times_s": [${workload.arrivals.times_s.join(', ')}]}`);
     } else if (workload.arrivals) {
       named.push(`rate=${workload.arrivals.rate}`, `burstiness=${workload.arrivals.burstiness}`);
     }

@@ -27,7 +27,7 @@ from inference_server.engine.speculation.eagle_head import EagleHead, HeadShape
 from inference_server.engine.speculation.ngram import NgramProposer
 from inference_server.features import FeatureError, Features
 from inference_server.models.errors import ModelError
-from inference_server.protocol import EngineConfig, Kind, Origin, SamplingParams
+from inference_server.protocol import EngineConfig, Kind, Notice, Origin, SamplingParams
 
 
 def engine_for(model: Any, features: dict[str, Any] | None = None, **config: Any) -> Engine:
@@ -404,7 +404,7 @@ def test_switches_that_another_model_had_do_not_keep_this_one_from_starting(mode
     assert engine.features.speculation == "off"
     assert engine.features.early_exit_layers == 2
     assert (engine.features.num_speculative_tokens, engine.features.max_num_seqs) == (7, 5)
-    told = [str(news.text) for news in engine.take_news()]
+    told = [news.text for news in engine.take_news() if isinstance(news, Notice)]
     assert len(told) == 2
     assert "speculation=off, not eagle" in told[0]
     assert "between 1 and 2, not 20" in told[1]
