@@ -220,7 +220,8 @@ export abstract class Card implements View {
     this.legendElement.hidden = show;
     this.tableButton.setAttribute('aria-pressed', String(show));
     if (show) {
-      this.drawTable();
+      // A figure out of sight is seldom painted: its table shows what there is now.
+      this.repaint();
     }
   }
 
