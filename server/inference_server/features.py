@@ -16,7 +16,11 @@ FeatureValue = bool | int | str
 
 MAX_DRAFTS = 16
 """Most tokens that can be proposed for a request in one step."""
-SPECULATION = ("off", "ngram", "draft", "early_exit", "eagle")
+PROPOSERS = ("ngram", "draft", "early_exit", "eagle")
+SPECULATION = ("off", *PROPOSERS)
+PACKED_PRECISIONS = ("int8", "int4", "int3")
+WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding")
+"""Switches that say which copy of the weights is read."""
 
 COST_ORDER: tuple[Cost, ...] = ("free", "prebuilt", "catch-up", "recompute", "rebuild")
 
@@ -294,7 +298,7 @@ SPECS: tuple[FeatureSpec, ...] = (
         title="Weight precision",
         group="Compute",
         kind="choice",
-        choices=("master", "int8", "int4", "int3"),
+        choices=("master", *PACKED_PRECISIONS),
         default="master",
         cost="prebuilt",
         description=(
@@ -437,15 +441,14 @@ CONFLICTS = (
             {"kv_cache": False, "speculation": method},
             "without a KV cache every step computes the whole text anyway, and what was proposed besides",
         )
-        for method in SPECULATION
-        if method != "off"
+        for method in PROPOSERS
     ),
     *(
         Conflict(
             {"compiled": True, "weight_precision": precision},
             "torch.compile compiles the model's own modules, which multiply with the master weights",
         )
-        for precision in ("int8", "int4", "int3")
+        for precision in PACKED_PRECISIONS
     ),
 )
 
@@ -461,16 +464,16 @@ _NEEDS: dict[str, tuple[str, tuple[FeatureValue, ...], str]] = {
     "cuda_graphs": ("fast_path", (True,), "the fast path’s steps are what is recorded"),
     "overlap": ("fast_path", (True,), "only the fast path’s tokens can stay on the device"),
     "compiled": ("fast_path", (False,), "the fast path goes first"),
-    "num_speculative_tokens": ("speculation", ("ngram", "draft", "early_exit", "eagle"), "nothing is proposed"),
+    "num_speculative_tokens": ("speculation", PROPOSERS, "nothing is proposed"),
     "early_exit_layers": ("speculation", ("early_exit",), "nothing is proposed by the first layers"),
-    "int4_group": ("weight_precision", ("int4",), "no weight is stored in 4 bits"),
-    "int4_grid": ("weight_precision", ("int4",), "no weight is stored in 4 bits"),
+    "int4_group": ("weight_precision", ("int4", "int3"), "no weight is stored in 4 bits"),
+    "int4_grid": ("weight_precision", ("int4", "int3"), "no weight is stored in 4 bits"),
+    "int4_rounding": ("weight_precision", ("int4", "int3"), "no weight is stored in 4 bits"),
 }
 """For each feature that may make no difference: the feature and the values that it needs, and why."""
 
 
 def _with_relations(spec: FeatureSpec) -> FeatureSpec:
-    names = set(Features.__struct_fields__)
     conflicts = tuple(
         FeatureRelation(value=conflict.settings[spec.name], other=other, values=(value,), reason=conflict.reason)
         for conflict in CONFLICTS
@@ -478,12 +481,22 @@ def _with_relations(spec: FeatureSpec) -> FeatureSpec:
         for other, value in conflict.settings.items()
         if other != spec.name
     )
-    other, values, reason = _NEEDS.get(spec.name, ("", (), ""))
-    needs = (FeatureRelation(value=None, other=other, values=values, reason=reason),) if other in names else ()
+    needs: tuple[FeatureRelation, ...] = ()
+    if spec.name in _NEEDS:
+        other, values, reason = _NEEDS[spec.name]
+        needs = (FeatureRelation(value=None, other=other, values=values, reason=reason),)
     return msgspec.structs.replace(spec, conflicts=conflicts, needs=needs)
 
 
 SPECS = tuple(_with_relations(spec) for spec in SPECS)
+
+_PRODUCTION: dict[str, FeatureValue] = {
+    "kv_cache": True, "kv_layout": "paged", "block_size": 16, "prefix_cache_read": True, "prefix_cache_write": True,
+    "batching": "continuous", "scheduling_policy": "fcfs", "chunked_prefill": True, "preemption": "recompute",
+    "response_cache": False, "max_num_batched_tokens": 2048, "fast_path": True, "cuda_graphs": True, "overlap": True,
+    "compiled": False, "speculation": "off",
+}  # fmt: skip
+"""What a production server's defaults come to."""
 
 _PRESETS = (
     FeaturePreset(
@@ -506,12 +519,7 @@ _PRESETS = (
             "What a production server does when it is started with its defaults: paged KV cache, prefix cache, "
             "continuous batching, chunked prefill, fused kernels and recorded graphs."
         ),
-        values={
-            "kv_cache": True, "kv_layout": "paged", "block_size": 16, "prefix_cache_read": True,
-            "prefix_cache_write": True, "batching": "continuous", "scheduling_policy": "fcfs", "chunked_prefill": True,
-            "preemption": "recompute", "response_cache": False, "max_num_batched_tokens": 2048, "fast_path": True,
-            "cuda_graphs": True, "overlap": True, "compiled": False, "speculation": "off",
-        },
+        values=_PRODUCTION,
     ),
     FeaturePreset(
         name="everything",
@@ -520,12 +528,7 @@ _PRESETS = (
             "Every optimization that leaves the distribution of the output alone: that of a production server, the "
             "response cache, and tokens proposed from the text so far."
         ),
-        values={
-            "kv_cache": True, "kv_layout": "paged", "block_size": 16, "prefix_cache_read": True,
-            "prefix_cache_write": True, "batching": "continuous", "scheduling_policy": "fcfs", "chunked_prefill": True,
-            "preemption": "recompute", "response_cache": True, "max_num_batched_tokens": 2048, "fast_path": True,
-            "cuda_graphs": True, "overlap": True, "compiled": False, "speculation": "ngram",
-        },
+        values={**_PRODUCTION, "response_cache": True, "speculation": "ngram"},
     ),
 )  # fmt: skip
 

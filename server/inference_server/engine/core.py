@@ -38,7 +38,7 @@ from inference_server.engine.speculation.eagle_head import EagleHead
 from inference_server.engine.speculation.policy import Speculation
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
-from inference_server.features import SPECS, FeatureError, Features, FeatureValue
+from inference_server.features import SPECS, WEIGHT_FEATURES, FeatureError, Features, FeatureValue
 from inference_server.models import heads, locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
@@ -73,7 +73,6 @@ MAX_HOST_BYTES = 8 << 30
 REQUEST_OVERRIDES = frozenset(
     {"prefix_cache_read", "prefix_cache_write", "response_cache", "speculation", "num_speculative_tokens"}
 )
-WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding")
 """Features that a request may set for itself."""
 STEPS_UNTIL_LARGER = 64
 """After memory ran out, steps of half the size are tried again after so many without trouble."""
@@ -229,6 +228,8 @@ class Engine:
         self.loaded = loaded
         self.epoch = 0
         self.draft = draft
+        self._longest = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        """What the model, or whoever started the engine, allows; the KV memory may hold less."""
         self.capacity = self._capacity()
         tensors = PagedKVTensors(self.capacity.num_blocks, config.block_size, loaded.device, loaded.dtype)
         tensors.reserve(loaded.kv_shapes)
@@ -237,8 +238,6 @@ class Engine:
         self.gpu: GpuRunner | None = None
         """The fast path, where it is one on a GPU."""
         unavailable = {}
-        self._longest = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
-        """What the model, or whoever started the engine, allows; the KV memory may hold less."""
         longest = self.capacity.max_model_len
         if loaded.device.type == "cpu":  # in 8 bits the same memory holds longer texts
             longest = min(self._longest, self._slots(Features(kv_cache_dtype="int8")))
@@ -444,9 +443,8 @@ class Engine:
                 wanted = int(free * 0.85)
             else:
                 wanted = min(CPU_KV_BYTES, available_host_bytes() // 4)
-        max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
         # More blocks than every request at its longest could fill would only take memory from others.
-        useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+        useful = config.max_num_seqs * -(-self._longest // config.block_size)
         num_blocks = min(wanted // ((per_token + draft_per_token) * config.block_size), useful)
         if num_blocks < 1:
             raise ModelError(
@@ -459,7 +457,7 @@ class Engine:
             kv_bytes=num_blocks * config.block_size * per_token,
             kv_bytes_per_token=per_token,
             max_num_seqs=config.max_num_seqs,
-            max_model_len=min(max_model_len, num_blocks * config.block_size),
+            max_model_len=min(self._longest, num_blocks * config.block_size),
         )
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -667,7 +665,7 @@ class Engine:
         after = feature_rules.apply(self.features, values, self.specs_by_name)
         names = feature_rules.changed(self.features, after)
         if not values.keys().isdisjoint(WEIGHT_FEATURES):
-            self._supersede()
+            self._refuse_deferred("A later switch of the weights took its place.")
         if not self.weights.ready(format_of(after)):
             self.precision.prepare(after)
             self._deferred = _Deferred(correlation, values)
@@ -739,18 +737,17 @@ class Engine:
             self.fast.use(variant)
         self.scheduler.change_weights(ROOT_HASH if variant is None else variant.label.encode())
 
-    def _supersede(self) -> None:
+    def _refuse_deferred(self, why: str) -> None:
+        """Refuse the switch that waits for weights, if there is one, and stop packing them."""
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             self.weights.cancel()
-            self._news.append(CommandFailed(deferred.correlation, "A later switch of the weights took its place."))
+            self._news.append(CommandFailed(deferred.correlation, why))
 
     def give_up_packing(self) -> None:
         """Stop packing weights; a switch that waits for them is refused."""
-        deferred, self._deferred = self._deferred, None
+        self._refuse_deferred("Packing the weights was cancelled.")
         self.weights.cancel()
-        if deferred is not None:
-            self._news.append(CommandFailed(deferred.correlation, "Packing the weights was cancelled."))
 
     def _take_up_deferred(self) -> None:
         """Complete a switch whose weights are packed by now."""

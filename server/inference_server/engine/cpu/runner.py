@@ -141,21 +141,11 @@ class FastRunner:
         p[kernels.P_SIN] = architecture.sin.data_ptr()
         self._reserve(32, 32)
 
-    def like(self, architecture: Architecture) -> FastRunner:
-        """A runner of another model over the same cache and threads, with what was measured for this one.
-
-        Its linear layers must have shapes that this one's have, such as those of some of its layers.
-        """
-        other = FastRunner(architecture, self.tensors, self.team.threads)
-        other._choices = self._choices
-        return other
-
     def capture_at(self, layers: tuple[int, ...]) -> None:
         """Be able to keep the hidden states that enter some layers."""
         self.capture_layers = layers
         self._captured = torch.zeros(0)
-        self._bound.clear()
-        self._build()
+        self.rebuild()
 
     # -- kernels by measurement ----------------------------------------------------------------------------------------
 
@@ -171,10 +161,21 @@ class FastRunner:
         self._reserve(rows, kept, shrink=True)
         return self._choices
 
-    def sibling(self, tensors: PagedKVTensors) -> FastRunner:
-        """Another runner of the same model over another cache, with the same choice of kernels."""
-        other = FastRunner(self.architecture, tensors, self.team.threads)
+    def sibling(self, tensors: PagedKVTensors | None = None, architecture: Architecture | None = None) -> FastRunner:
+        """Another runner that reads the weights that are in use, with the same choice of kernels.
+
+        Parameters
+        ----------
+        tensors : PagedKVTensors, optional
+            Its cache, where it is not this one's.
+        architecture : Architecture, optional
+            What it computes, where that is not all of the model. Its linear layers must have shapes that this one's
+            have, such as those of some of its layers.
+        """
+        other = FastRunner(architecture or self.architecture, tensors or self.tensors, self.team.threads)
         other._choices = self._choices
+        if self._variant is not None:
+            other.use(self._variant)
         return other
 
     @property

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inference_server.engine.quantization.packing import BLOCK, Rounded, Scheme
-from inference_server.engine.quantization.variants import Variant
+from inference_server.engine.quantization.variants import TIED_TO, Variant
 from inference_server.features import FeatureError
 from inference_server.models.errors import ModelError
 
@@ -107,7 +107,7 @@ def save(model: nn.Module, variant: Variant, source: Path, folder: Path) -> int:
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         for name, value in model.state_dict().items():
             module, _, kind = name.rpartition(".")
-            tied = name != "model.embed_tokens.weight" and value.data_ptr() == embedding.weight.data_ptr()
+            tied = name != TIED_TO and value.data_ptr() == embedding.weight.data_ptr()
             if not (kind == "weight" and module in replaced) and not tied:
                 tensors[name] = value.contiguous().clone()
         every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

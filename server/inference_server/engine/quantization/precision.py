@@ -19,7 +19,7 @@ from inference_server.engine.quantization.quality import Measurement, QualityRes
 from inference_server.engine.quantization.variants import TASK as PACKING
 from inference_server.engine.quantization.variants import Variant, WeightFormat, format_of
 from inference_server.engine.runner import ModelRunner, WeightReader
-from inference_server.features import FeatureError, Features
+from inference_server.features import WEIGHT_FEATURES, FeatureError, Features
 from inference_server.protocol import TaskProgress
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TASK = "measuring quality"
 SHARE_BESIDE = 0.1
 """Of the time, at most, that a measurement takes while requests are served."""
-NAMES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding", "kv_cache_dtype")
+NAMES = (*WEIGHT_FEATURES, "kv_cache_dtype")
 """Switches that have a price in quality."""
 MAX_TEXT = 200_000
 """Characters of a text of the user's own."""

@@ -77,7 +77,7 @@ def proposers(
 
     def early_exit(count: int) -> Runner:
         if fast is not None:
-            return fast.like(replace(fast.architecture, layers=fast.architecture.layers[:count]))
+            return fast.sibling(architecture=replace(fast.architecture, layers=fast.architecture.layers[:count]))
         return ModelRunner(first_layers(loaded.model, count), plain.tensors)
 
     try:

@@ -219,6 +219,9 @@ class EagleProposer:
             self._cache.free(followed.own)
         self._followed.clear()
 
+    def follow_model(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`. Hidden states come with each step."""
+
     # -- private -------------------------------------------------------------------------------------------------------
 
     def _add(self, followed: _Followed, start: int, rows: Tensor) -> None:

@@ -66,6 +66,9 @@ class NgramProposer:
     def forget(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It remembers texts alone."""
 
+    def follow_model(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It has nothing of the model's."""
+
     def _forget_ended(self) -> None:
         for handle in [handle for handle, (request, _) in self._indices.items() if request.finish_reason is not None]:
             del self._indices[handle]

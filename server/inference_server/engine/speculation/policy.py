@@ -11,13 +11,17 @@ from inference_server.engine.scheduler import Scheduled, StepPlan, Wish
 from inference_server.engine.speculation.adaptive import Adaptive
 from inference_server.engine.speculation.eagle import Capturing, EagleProposer
 from inference_server.engine.speculation.proposer import Proposer
-from inference_server.features import Features
+from inference_server.features import WEIGHT_FEATURES, Features
 from inference_server.protocol import Kind
 
 SPECULATION_FEATURES = frozenset(
     {"speculation", "num_speculative_tokens", "adaptive_speculation", "early_exit_layers", "instrumentation"}
 )
 """Switching these changes nothing about how long a step of so many positions takes."""
+
+
+MODEL_FEATURES = frozenset({"kv_cache_dtype", *WEIGHT_FEATURES})
+"""Switching these changes what the model reads: its weights, or how keys and values lie in its cache."""
 
 
 class Speculation:
@@ -152,6 +156,9 @@ class Speculation:
 
     def switched(self, names: Collection[str]) -> None:
         """Some features have other values from now on."""
+        if not MODEL_FEATURES.isdisjoint(names):
+            for proposer in self._proposers.values():
+                proposer.follow_model()
         if "early_exit_layers" in names:
             self._adaptive.forget_method("early_exit")
         if not SPECULATION_FEATURES.issuperset(names):

@@ -39,3 +39,6 @@ class Proposer(Protocol):
 
     def forget(self) -> None:
         """Give up what is remembered of every request's keys and values: they are no longer where they were."""
+
+    def follow_model(self) -> None:
+        """Take up that the model that is served reads other weights, or that its cache is laid out otherwise."""

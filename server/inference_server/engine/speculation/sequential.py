@@ -102,6 +102,10 @@ class EarlyExitProposer:
         if self._passes is not None:
             self._passes.start_afresh()
 
+    def follow_model(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`. The next runner knows both."""
+        self._passes = None
+
 
 def first_layers(model: nn.Module, count: int) -> nn.Module:
     """A model of the first ``count`` layers of another and its final norm and head; it shares their weights.
@@ -219,6 +223,9 @@ class DraftModelProposer:
             self._cache.free(shadow.own)
         self._shadows.clear()
         self._passes.start_afresh()
+
+    def follow_model(self) -> None:
+        """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It has nothing of the model's."""
 
     def _proposed(self, item: Scheduled) -> list[int]:
         shadow = self._shadows[item.request.handle]
