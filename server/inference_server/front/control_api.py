@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from inference_server.features import FeatureError, presets, validate
 from inference_server.front.errors import ApiError
 from inference_server.front.event_log import EventLog
+from inference_server.front.json_response import json_response
 from inference_server.front.requests import RequestTable
 from inference_server.front.supervisor import EngineSupervisor
 from inference_server.protocol import Ready, ServerInfo
@@ -65,11 +65,11 @@ class ControlApi:
 
     async def root(self) -> Response:
         """Say that the front is up."""
-        return _json({"name": "inference-workbench", "version": self._server.version})
+        return json_response({"name": "inference-workbench", "version": self._server.version})
 
     async def health(self) -> Response:
         """Say how the engine is, to anybody."""
-        return _json(
+        return json_response(
             {
                 "status": "ok",
                 "engine": self._supervisor.event.state,
@@ -81,7 +81,7 @@ class ControlApi:
     async def info(self) -> Response:
         """Describe the server, its engine and the model."""
         ready = self._supervisor.ready
-        return _json(
+        return json_response(
             {
                 "server": self._server,
                 "engine": self._supervisor.event,
@@ -94,7 +94,7 @@ class ControlApi:
         """Return the switches, their values and their descriptions."""
         ready = self._ready()
         current = self._log.features
-        return _json(
+        return json_response(
             {
                 "epoch": current.epoch if current else ready.epoch,
                 "values": current.values if current else ready.features,
@@ -116,7 +116,7 @@ class ControlApi:
             except FeatureError as error:
                 raise ApiError(422, str(error), param=name, code="invalid_feature") from error
         applied = await self._supervisor.set_features(checked)
-        return _json(
+        return json_response(
             {
                 "epoch": applied.epoch,
                 "values": applied.values,
@@ -130,7 +130,7 @@ class ControlApi:
 
     async def list_requests(self) -> Response:
         """List the active requests and the most recent ended ones."""
-        return _json({"requests": self._log.requests, "now_ns": time.monotonic_ns()})
+        return json_response({"requests": self._log.requests, "now_ns": time.monotonic_ns()})
 
     async def cancel(self, identifier: str) -> Response:
         """End a request, by its id or its handle."""
@@ -139,34 +139,34 @@ class ControlApi:
             raise ApiError(404, f"No active request has the id {identifier!r}.", code="request_not_found")
         for sample in samples:
             self._requests.cancel_sample(sample)
-        return _json({"cancelled": [sample.handle for sample in samples]})
+        return json_response({"cancelled": [sample.handle for sample in samples]})
 
     async def forget_caches(self) -> Response:
         """Empty the prefix cache and the response cache, so that a measurement starts cold."""
-        return _json((await self._supervisor.forget_caches()).result)
+        return json_response((await self._supervisor.forget_caches()).result)
 
     async def start(self, body: EngineBody | None = None) -> Response:
         """Start the engine, with another model where one is named."""
         await self._supervisor.start(model=body.model if body else None)
-        return _json(self._supervisor.event)
+        return json_response(self._supervisor.event)
 
     async def stop(self) -> Response:
         """Stop the engine, which frees the device's memory."""
         await self._supervisor.stop()
-        return _json(self._supervisor.event)
+        return json_response(self._supervisor.event)
 
     async def sleep(self) -> Response:
         """Give the device's memory back; running requests wait until the engine is woken."""
-        return _json((await self._supervisor.sleep()).result)
+        return json_response((await self._supervisor.sleep()).result)
 
     async def wake(self) -> Response:
         """Go on after a sleep."""
-        return _json((await self._supervisor.wake()).result)
+        return json_response((await self._supervisor.wake()).result)
 
     async def restart(self, body: EngineBody | None = None) -> Response:
         """Stop and start the engine."""
         await self._supervisor.restart(model=body.model if body else None)
-        return _json(self._supervisor.event)
+        return json_response(self._supervisor.event)
 
     def _ready(self) -> Ready:
         ready = self._supervisor.ready
@@ -174,7 +174,3 @@ class ControlApi:
             event = self._supervisor.event
             raise ApiError(503, f"The engine is {event.state}. {event.message}".strip(), code=f"engine_{event.state}")
         return ready
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

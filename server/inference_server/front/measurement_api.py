@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, Response
 
 from inference_server.front.errors import ApiError
 from inference_server.front.event_log import EventLog
+from inference_server.front.json_response import json_response
 from inference_server.front.latency_summary import Slo
 from inference_server.front.metrics import Metrics
 from inference_server.front.recorder import Recorder
@@ -66,22 +67,22 @@ class MeasurementApi:
     async def start(self, body: RecordingBody | None = None) -> Response:
         """Begin a recording."""
         body = body or RecordingBody()
-        return _json(self._recorder.start(body.name, body.note), status=201)
+        return json_response(self._recorder.start(body.name, body.note), status=201)
 
     async def list_recordings(self) -> Response:
         """List the recordings, newest first."""
         recorder = self._recorder
         recordings = await asyncio.to_thread(recorder.list)  # it opens each file that it does not know yet
-        return _json({"folder": str(recorder.folder), "active": recorder.active, "recordings": recordings})
+        return json_response({"folder": str(recorder.folder), "active": recorder.active, "recordings": recordings})
 
     async def recording(self, identifier: str) -> Response:
         """Say how one recording is."""
-        return _json(self._recorder.get(identifier))
+        return json_response(self._recorder.get(identifier))
 
     async def stop(self, identifier: str, wait: Annotated[bool, Query()] = False) -> Response:
         """End the recording that runs; with ``wait`` the answer comes when its file is there."""
         task = self._recorder.stop(identifier)
-        return _json(await task if wait else self._recorder.get(identifier))
+        return json_response(await task if wait else self._recorder.get(identifier))
 
     async def download(self, identifier: str) -> Response:
         """Send the file."""
@@ -91,7 +92,7 @@ class MeasurementApi:
     async def delete(self, identifier: str) -> Response:
         """Remove the file."""
         self._recorder.delete(identifier)
-        return _json({"deleted": identifier})
+        return json_response({"deleted": identifier})
 
     async def prometheus(self) -> Response:
         """Return the metrics as Prometheus reads them."""
@@ -99,7 +100,7 @@ class MeasurementApi:
 
     async def summary(self, window_s: Annotated[float | None, Query(gt=0)] = None) -> Response:
         """Return percentiles and goodput, of the last ``window_s`` seconds or since the start."""
-        return _json(self._metrics.statistics.summary(window_s))
+        return json_response(self._metrics.statistics.summary(window_s))
 
     async def set_slo(self, body: Annotated[dict[str, float | None], Body()]) -> Response:
         """Set what makes a request good, from now on."""
@@ -111,7 +112,7 @@ class MeasurementApi:
         if (problem := slo.problem()) is not None:
             raise ApiError(422, problem, code="invalid_slo")
         self._metrics.statistics.set_slo(slo)
-        return _json(slo)
+        return json_response(slo)
 
     async def ceilings(self) -> Response:
         """Return what the machine can do at best."""
@@ -123,13 +124,9 @@ class MeasurementApi:
                 "seconds, or at POST /ceilings/measure.",
                 code="ceilings_unknown",
             )
-        return _json(event.ceilings)
+        return json_response(event.ceilings)
 
     async def measure_ceilings(self) -> Response:
         """Measure again, once the engine is idle; the answer comes when it is done."""
         await self._supervisor.measure_ceilings()
         return await self.ceilings()
-
-
-def _json(content: object, *, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status_code=status, media_type="application/json")

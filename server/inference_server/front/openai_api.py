@@ -9,13 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from inference_server.front.chat_template import ChatTemplateError
 from inference_server.front.errors import ApiError
+from inference_server.front.json_response import json_response
 from inference_server.front.openai_answers import (
     KEEP_ALIVE,
     ChatWriter,
@@ -76,14 +76,14 @@ class OpenAiApi:
     async def models(self) -> Response:
         """List the model that is served; none while the engine is loading."""
         ready = self._supervisor.ready
-        return _json({"object": "list", "data": [self._describe(ready)] if ready else []})
+        return json_response({"object": "list", "data": [self._describe(ready)] if ready else []})
 
     async def model(self, name: str) -> Response:
         """Describe one model."""
         ready = self._supervisor.ready
         if ready is None or ready.model.name != name:
             raise _no_such_model(name, ready)
-        return _json(self._describe(ready))
+        return json_response(self._describe(ready))
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
         """Continue a text."""
@@ -356,7 +356,3 @@ def _check_vocabulary(prompts: Sequence[Sequence[int]], ready: Ready) -> None:
     for prompt in prompts:
         if (largest := max(prompt)) >= size:
             raise ApiError(400, f"The prompt has token id {largest}; the model has {size:,} tokens.", param="prompt")
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

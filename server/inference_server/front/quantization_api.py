@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
+from inference_server.front.json_response import json_response
 from inference_server.front.supervisor import EngineSupervisor
 from inference_server.protocol import QuantizationAction
 
@@ -86,4 +86,4 @@ class QuantizationApi:
 
     async def _ask(self, action: QuantizationAction, **options: Any) -> Response:
         done = await self._supervisor.quantization(action, options)
-        return Response(msgspec.json.encode(done.result), media_type="application/json")
+        return json_response(done.result)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from inference_server.front.errors import ApiError
+from inference_server.front.json_response import json_response
 from inference_server.front.openai_api import rendered
 from inference_server.front.openai_requests import DetokenizeBody, TokenizeBody
 from inference_server.front.supervisor import EngineSupervisor
@@ -48,12 +48,8 @@ class TokenizeApi:
         ids = await tokenizer.encode_async(text, add_special_tokens=special)
         ready = self._supervisor.ready
         longest = ready.capacity.max_model_len if ready else None
-        return _json({"count": len(ids), "max_model_len": longest, "tokens": ids})
+        return json_response({"count": len(ids), "max_model_len": longest, "tokens": ids})
 
     async def detokenize(self, body: DetokenizeBody) -> Response:
         """Return the text of some ids."""
-        return _json({"prompt": self._tokenizer().decode(body.tokens)})
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
+        return json_response({"prompt": self._tokenizer().decode(body.tokens)})

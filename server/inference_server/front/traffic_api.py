@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
 from inference_server.front.errors import ApiError
+from inference_server.front.json_response import json_response
 from inference_server.front.traffic import Traffic
 from inference_server.workloads.workload import PRESETS, WorkloadError, convert
 
@@ -39,7 +39,7 @@ class TrafficApi:
             name: {"description": description, "workload": workload}
             for name, (description, workload) in PRESETS.items()
         }
-        return _json({"traffic": self._traffic.event, "presets": presets})
+        return json_response({"traffic": self._traffic.event, "presets": presets})
 
     async def start(self, values: dict[str, Any] = Body()) -> Response:  # noqa: B008 -- FastAPI's way
         """Let the requests of a workload arrive: ``{"preset": "chat", "seed": 3, …}`` or all of its fields."""
@@ -47,19 +47,15 @@ class TrafficApi:
             workload = convert(values)
         except WorkloadError as error:
             raise ApiError(422, str(error), code="invalid_workload") from error
-        return _json(await self._traffic.start(workload))
+        return json_response(await self._traffic.start(workload))
 
     async def change(self, values: dict[str, Any] = Body()) -> Response:  # noqa: B008 -- FastAPI's way
         """Replace some fields of the workload that runs; from the next request on."""
         try:
-            return _json(self._traffic.change(values))
+            return json_response(self._traffic.change(values))
         except WorkloadError as error:
             raise ApiError(422, str(error), code="invalid_workload") from error
 
     async def stop(self) -> Response:
         """End it; requests under way are cancelled."""
-        return _json({"traffic": await self._traffic.stop()})
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
+        return json_response({"traffic": await self._traffic.stop()})
