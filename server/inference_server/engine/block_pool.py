@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+from inference_server.kv_operations import Operation, leading_to
 from inference_server.protocol import NOBODY, KvOp, KvUsage
 
 ROOT_HASH = b""
@@ -47,9 +48,8 @@ class BlockPool:
         self.references = [0] * num_blocks
         self.filled = [0] * num_blocks
         self.hashes: list[bytes | None] = [None] * num_blocks
-        self.events: list[tuple[KvOp, int, int]] | None = None
-        """Log of what happened, as (operation, block, request), drained by the engine each step; ``None`` while nobody
-        listens. See :meth:`listen`."""
+        self.events: list[Operation] | None = None
+        """Log of what happened, drained by the engine each step; ``None`` while nobody listens. See :meth:`listen`."""
         self._free: dict[int, None] = dict.fromkeys(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._by_hash: dict[bytes, int] = {}
@@ -95,20 +95,8 @@ class BlockPool:
         tables
             Handle and block table of each request that holds blocks.
         """
-        self.events = []
-        self._log(KvOp.RESET, self.num_blocks, NOBODY)
-        taken: set[int] = set()
-        for holder, blocks in tables:
-            for block in blocks:
-                self._log(KvOp.SHARE if block in taken else KvOp.ALLOCATE, block, holder)
-                taken.add(block)
-        for block in self._cached:
-            self._log(KvOp.ALLOCATE, block, NOBODY)
-        for block, digest in enumerate(self.hashes):
-            if digest is not None:
-                self._log(KvOp.HASH, block, NOBODY)
-        for block in self._cached:
-            self._log(KvOp.FREE, block, NOBODY)
+        hashed = (block for block, digest in enumerate(self.hashes) if digest is not None)
+        self.events = leading_to(self.num_blocks, tables, self._cached, hashed)
 
     def allocate(self, holder: int = NOBODY) -> int:
         """Take one block for the request ``holder``, evicting the least recently used cached one if no block is free.

@@ -39,6 +39,7 @@ from inference_server.engine.speculation.policy import Speculation
 from inference_server.engine.structured import Grammars, StructureError
 from inference_server.engine.work import step_work
 from inference_server.features import SPECS, WEIGHT_FEATURES, FeatureError, Features, FeatureValue
+from inference_server.kv_operations import Operation, as_event
 from inference_server.models import heads, locate
 from inference_server.models.errors import ModelError
 from inference_server.protocol import (
@@ -49,7 +50,6 @@ from inference_server.protocol import (
     FeatureSpec,
     FeaturesSettled,
     KvEvents,
-    KvOp,
     KvUsage,
     ModelInfo,
     Notice,
@@ -125,7 +125,7 @@ class _Flight:
     proposers: str
     """Who proposed tokens that the step verifies."""
     draft_ns: int
-    kv_events: list[tuple[KvOp, int, int]]
+    kv_events: list[Operation]
     booked: bool = False
     """The scheduler knows what the step computes; only its tokens are missing."""
     after: tuple[int, int, KvUsage] | None = None
@@ -586,8 +586,10 @@ class Engine:
         self._take_up_deferred()
         news: list[News] = [*self._news]
         self._news.clear()
-        if not self.has_work() and (kv := _kv_events(self.scheduler.step, self._take_kv_events())):
-            news.append(kv)  # no step will come to report them: after a cancellation, or a switch of the layout
+        if not self.has_work() and (operations := self._take_kv_events()):
+            news.append(
+                as_event(self.scheduler.step, operations)
+            )  # no step will come to report them: after a cancellation, or a switch of the layout
         while not self._progress.empty():
             news.append(self._progress.get())
         return news
@@ -858,7 +860,7 @@ class Engine:
     def _launch(self, phases: _Phases) -> _Flight | None:
         """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
         features = self.features
-        events: list[tuple[KvOp, int, int]] = []
+        events: list[Operation] = []
         started: list[Request] = []
         preempted: list[Request] = []
         while True:
@@ -1065,8 +1067,10 @@ class Engine:
         )
 
     def _kv_events(self, flight: _Flight) -> KvEvents | None:
-        events = flight.kv_events + self._take_kv_events()
-        return _kv_events(flight.plan.step, events) if self.features.instrumentation == "full" else None
+        operations = flight.kv_events + self._take_kv_events()
+        if not operations or self.features.instrumentation != "full":
+            return None
+        return as_event(flight.plan.step, operations)
 
     def _occupancy(self) -> tuple[int, int, KvUsage]:
         return len(self.scheduler.running), len(self.scheduler.waiting), self.cache.usage()
@@ -1078,7 +1082,7 @@ class Engine:
             phases = _Phases(self._busy_since_ns)
             self._landed.append(self._complete(flight, phases.last, phases))
 
-    def _take_kv_events(self) -> list[tuple[KvOp, int, int]]:
+    def _take_kv_events(self) -> list[Operation]:
         pool = self.cache.pool
         if not pool.events:
             return []
@@ -1211,17 +1215,6 @@ def _verify(logits: Tensor, items: list[Scheduled], greedy: Tokens | None) -> Ve
         tokens=parts[0].tokens + parts[1].tokens,
         logprobs=parts[0].logprobs + parts[1].logprobs,
         top=parts[0].top + parts[1].top,
-    )
-
-
-def _kv_events(step: int, events: list[tuple[KvOp, int, int]]) -> KvEvents | None:
-    if not events:
-        return None
-    return KvEvents(
-        step=step,
-        op=[int(op) for op, _, _ in events],
-        block=[block for _, block, _ in events],
-        request=[request for _, _, request in events],
     )
 
 

@@ -48,9 +48,15 @@ def verify(logits: Tensor, items: list[Scheduled], greedy: Tokens | None = None)
     greedy : Tokens, optional
         The most likely token of each row, if the forward pass finds it.
     """
+    if not any(item.drafts for item in items):
+        plain = sampler.sample(logits, [item.request for item in items], greedy)
+        return Verified(
+            tokens=[[token] for token in plain.tokens],
+            logprobs=[[logprob] for logprob in plain.logprobs],
+            top=[[top] for top in plain.top],
+        )
     requests = [item.request for item in items for _ in range(item.num_sampled)]
-    speculative = any(item.drafts for item in items)
-    ahead = [item.drafts[:place] for item in items for place in range(item.num_sampled)] if speculative else None
+    ahead = [item.drafts[:place] for item in items for place in range(item.num_sampled)]
     sampled = sampler.sample(logits, requests, greedy, ahead)
     result = Verified([], [], [])
     row = 0

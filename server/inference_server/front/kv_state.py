@@ -5,6 +5,7 @@ Kept so that a client that connects late, and a recording that starts late, can 
 
 from __future__ import annotations
 
+from inference_server.kv_operations import as_event, leading_to
 from inference_server.protocol import NOBODY, KvEvents, KvOp
 
 
@@ -82,21 +83,8 @@ class KvState:
         """Return operations that lead from nothing to this state, or ``None`` while nothing is known."""
         if self.num_blocks is None:
             return None
-        rows: list[tuple[KvOp, int, int]] = [(KvOp.RESET, self.num_blocks, NOBODY)]
-        taken: set[int] = set()
-        for request, table in self.tables.items():
-            for block in table:
-                rows.append((KvOp.SHARE if block in taken else KvOp.ALLOCATE, block, request))
-                taken.add(block)
-        rows += [(KvOp.ALLOCATE, block, NOBODY) for block in self.cached]
-        rows += [(KvOp.HASH, block, NOBODY) for block in sorted(self.hashed)]
-        rows += [(KvOp.FREE, block, NOBODY) for block in self.cached]
-        return KvEvents(
-            step=self.step,
-            op=[int(op) for op, _, _ in rows],
-            block=[block for _, block, _ in rows],
-            request=[request for _, _, request in rows],
-        )
+        rows = leading_to(self.num_blocks, self.tables.items(), self.cached, sorted(self.hashed))
+        return as_event(self.step, rows)
 
 
 def _last_index(table: list[int], block: int) -> int:

@@ -30,7 +30,7 @@ def simulate(
         counts = dict.fromkeys(range(len(rates)), k)
         if adaptive is not None and k:
             counts = adaptive.decide([(each, "m", k) for each in requests], 0)
-        items, accepted = [], []
+        items, verified, accepted = [], [], 0
         for each, rate in zip(requests, rates, strict=True):
             item = Scheduled(each, 4, 1 + counts[each.handle], Kind.DECODE, sample=True)
             item.propose([0] * counts[each.handle])
@@ -38,14 +38,16 @@ def simulate(
             while right < counts[each.handle] and random.random() < rate:
                 right += 1
             items.append(item)
-            accepted.append(right)
+            accepted += right
+            if item.drafts:
+                verified.append((item, "m", right))
         depth = max(counts.values())
         noise = 1 + 0.1 * random.random()
         own, drafting = step_ns(sum(item.count for item in items)) * noise, pass_ns * depth * noise
         time_ns += own + drafting
-        tokens += len(items) + sum(accepted)
+        tokens += len(items) + accepted
         if adaptive is not None:
-            adaptive.observe(items, ["m"] * len(items), accepted, int(own), int(drafting))
+            adaptive.observe(items, verified, int(own), int(drafting))
     return tokens / time_ns
 
 
@@ -81,7 +83,7 @@ def test_it_proposes_for_those_requests_for_which_it_pays() -> None:
             item = Scheduled(each, 4, 5, Kind.VERIFY, sample=True)
             item.propose([0] * 4)
             items.append(item)
-            adaptive.observe([item], ["m"], [4 if rate > 0.5 else 0], 20_000_000, 0)
+            adaptive.observe([item], [(item, "m", 4 if rate > 0.5 else 0)], 20_000_000, 0)
     counts = adaptive.decide([(each, "m", 4) for each in requests], 0)
     assert counts[0] >= 3
     assert counts[1] == 0

@@ -15,9 +15,9 @@ from test_speculation import engine_for, head_for, repetitive
 from inference_server.engine.cpu.head import CpuHeadRunner
 from inference_server.engine.request import Request
 from inference_server.engine.speculation import eagle_head
-from inference_server.engine.speculation.eagle import GREEDY as HEAD_GREEDY
 from inference_server.engine.speculation.eagle import EagleProposer, HeadRows, TorchHeadRunner
 from inference_server.engine.speculation.eagle_head import EagleHead, HeadShape
+from inference_server.engine.speculation.own_cache import GREEDY as HEAD_GREEDY
 from inference_server.models.errors import ModelError
 
 

@@ -128,7 +128,7 @@ class Adaptive:
         self._requests.clear()
 
     def observe(
-        self, items: Sequence[Scheduled], methods: Sequence[str], accepted: Sequence[int], step_ns: int, draft_ns: int
+        self, items: Sequence[Scheduled], verified: Sequence[tuple[Scheduled, str, int]], step_ns: int, draft_ns: int
     ) -> None:
         """Take in a step.
 
@@ -136,19 +136,16 @@ class Adaptive:
         ----------
         items : sequence of Scheduled
             All of the step's.
-        methods : sequence of str
-            For each, who proposes for it.
-        accepted : sequence of int
-            For each, how many proposed tokens were accepted.
+        verified : sequence
+            Those of them for which tokens were proposed, by whom, and how many of these were accepted.
         step_ns, draft_ns : int
             How long the step took without proposing, and how long that took.
         """
         depths: dict[str, int] = {}
-        for item, method, count in zip(items, methods, accepted, strict=True):
-            if item.drafts:
-                depths[method] = max(depths.get(method, 0), len(item.drafts))
-                self._of(item.request, method).observe(len(item.drafts), count)
-                self._methods.setdefault(method, _Acceptance()).observe(len(item.drafts), count)
+        for item, method, count in verified:
+            depths[method] = max(depths.get(method, 0), len(item.drafts))
+            self._of(item.request, method).observe(len(item.drafts), count)
+            self._methods.setdefault(method, _Acceptance()).observe(len(item.drafts), count)
         if all(item.kind in {Kind.DECODE, Kind.VERIFY} for item in items):
             self._cost.learn(sum(item.count for item in items), step_ns)
         if len(depths) == 1:

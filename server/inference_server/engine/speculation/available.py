@@ -102,6 +102,11 @@ def proposers(
     return result
 
 
+def _own_blocks(capacity: Capacity) -> int:
+    """As many positions as the model's own cache has, and room for proposals behind each request's text."""
+    return -(-capacity.num_blocks * capacity.block_size // DRAFT_BLOCK) + capacity.max_num_seqs
+
+
 def _add_head(
     result: Proposers,
     loaded: LoadedModel,
@@ -111,7 +116,7 @@ def _add_head(
     capacity: Capacity,
 ) -> None:
     check_head(loaded, head)
-    blocks = -(-capacity.num_blocks * capacity.block_size // DRAFT_BLOCK) + capacity.max_num_seqs
+    blocks = _own_blocks(capacity)
     model: Any = loaded.model
     embed = model.get_input_embeddings().weight.detach()
     runner: HeadRunner
@@ -155,8 +160,7 @@ def check_head(loaded: LoadedModel, head: EagleHead) -> None:
 
 def _add_draft_model(result: Proposers, loaded: LoadedModel, draft: LoadedModel, capacity: Capacity) -> None:
     check_vocabulary(loaded, draft)
-    # As many positions as the model's own cache, and room for proposals behind each request's text.
-    blocks = -(-capacity.num_blocks * capacity.block_size // DRAFT_BLOCK) + capacity.max_num_seqs
+    blocks = _own_blocks(capacity)
     longest = min(draft.max_model_len, capacity.max_model_len)
     tensors = PagedKVTensors(blocks, DRAFT_BLOCK, draft.device, draft.dtype)
     tensors.reserve(draft.kv_shapes)

@@ -9,7 +9,7 @@ its text was found in the prefix cache, the head begins where they do: it propos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,10 +21,9 @@ from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled, StepPlan
 from inference_server.engine.speculation.eagle_head import EagleHead
+from inference_server.engine.speculation.own_cache import Follower, OwnCache
 from inference_server.features import Features
-from inference_server.protocol import SamplingParams
 
-GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 ROWS_AT_ONCE = 512
 """Rows of the head's forward pass when it catches up."""
 
@@ -110,16 +109,22 @@ class TorchHeadRunner:
         return tokens, out
 
 
-@dataclass(slots=True)
-class _Followed:
+class _Followed(Follower):
     """What the head knows of a request. Its positions count from the first one that it has features of."""
 
-    of: Request
-    own: Request
-    first: int = 0
-    """The request's position that the head's position 0 stands for."""
-    pending: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Fused features that the head has not read, without gaps: the request's position of the first row, and rows."""
+    __slots__ = ("first", "pending")
+
+    def __init__(self, of: Request) -> None:
+        super().__init__(of, prompt_len=0)
+        self.first = 0
+        """The request's position that the head's position 0 stands for."""
+        self.pending: list[tuple[int, Tensor]] = []
+        """Fused features that the head has not read, without gaps: the request's position of the first row, and
+        rows."""
+
+    def lose_blocks(self) -> None:
+        """See :class:`Follower`. Whatever features come next, it begins there."""
+        self.first = 1 << 62
 
     @property
     def pending_end(self) -> int:
@@ -141,9 +146,8 @@ class EagleProposer:
 
     def __init__(self, runner: HeadRunner, cache: KVCache, max_len: int) -> None:
         self._runner = runner
-        self._cache = cache
+        self._followed: OwnCache[_Followed] = OwnCache(cache)
         self._max_len = max_len
-        self._followed: dict[int, _Followed] = {}
 
     def observe(self, items: Sequence[tuple[Scheduled, int]], features: Tensor) -> None:
         """Take in the hidden states of a step.
@@ -155,7 +159,7 @@ class EagleProposer:
         features : Tensor
             Of all rows of the step.
         """
-        self._forget_ended()
+        self._followed.forget_ended()
         if len(items) == 1 or sum(item.count for item, _ in items) == len(features):
             first = items[0][1]
             last = items[-1][1] + items[-1][0].count
@@ -163,16 +167,13 @@ class EagleProposer:
         else:
             first, fused = 0, self._runner.fuse(features)
         for item, offset in items:
-            followed = self._followed.get(item.request.handle)
-            if followed is None or followed.of is not item.request:
-                own = Request(handle=item.request.handle, prompt_len=0, tokens=[], sampling=GREEDY, seed=0, arrival=0)
-                followed = self._followed[item.request.handle] = _Followed(item.request, own)
+            followed = self._followed.of(item.request) or self._followed.add(_Followed(item.request))
             self._add(followed, item.start, fused[offset - first : offset - first + item.count])
 
     def wish(self, request: Request, most: int) -> int:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
-        followed = self._followed.get(request.handle)
-        if followed is None or followed.of is not request or not followed.pending:
+        followed = self._followed.of(request)
+        if followed is None or not followed.pending:
             return 0
         known = len(request.tokens)
         return max(min(most, self._max_len - known), 0) if followed.pending_end >= known - 1 else 0
@@ -185,11 +186,11 @@ class EagleProposer:
         rows = HeadRows([], [], [], [])
         parts: list[Tensor] = []
         going: list[int] = []
-        for place, item in enumerate(items):
-            followed = self._followed[item.request.handle]
+        heads = [self._known(item.request) for item in items]
+        for place, (item, followed) in enumerate(zip(items, heads, strict=True)):
             known = len(item.request.tokens)
             self._begin_where_features_do(followed)
-            if not self._extend(followed, known - 1 - followed.first + item.count, used):
+            if not self._followed.extend(followed, known - 1 - followed.first + item.count, used):
                 continue
             self._catch_up(followed, known, rows, parts)
             going.append(place)
@@ -206,23 +207,25 @@ class EagleProposer:
             if len(kept) < len(going):
                 states = states[kept]
                 going = [going[index] for index in kept]
-            followed_ = [self._followed[items[place].request.handle] for place in going]
-            position = [each.own.num_computed - 1 + number for each in followed_]
-            requests = [(each.own, row, 1) for row, each in enumerate(followed_)]
+            position = [heads[place].own.num_computed - 1 + number for place in going]
+            requests = [(heads[place].own, row, 1) for row, place in enumerate(going)]
             ids = [proposed[place][-1] for place in going]
             tokens, states = self._runner.run(HeadRows(ids, position, requests, list(range(len(going)))), states)
             number += 1
 
     def forget(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
-        for followed in self._followed.values():
-            self._cache.free(followed.own)
         self._followed.clear()
 
     def follow_model(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`. Hidden states come with each step."""
 
     # -- private -------------------------------------------------------------------------------------------------------
+
+    def _known(self, request: Request) -> _Followed:
+        followed = self._followed.of(request)
+        assert followed is not None, "the head wished to propose for it, so it has features of it"
+        return followed
 
     def _add(self, followed: _Followed, start: int, rows: Tensor) -> None:
         """Append features of positions from ``start`` on; they replace those of positions that turned out otherwise."""
@@ -263,19 +266,3 @@ class EagleProposer:
         rows.kept.append(len(rows.ids) - 1)
         parts.append(features)
         own.num_computed = known - 1 - followed.first
-
-    def _extend(self, followed: _Followed, end: int, used: set[int]) -> bool:
-        """Provide blocks, taking them from requests that are not in this step; ``False`` where that is not enough."""
-        while not self._cache.extend(followed.own, end):
-            victim = next(
-                (each for handle, each in self._followed.items() if handle not in used and each.own.blocks), None
-            )
-            if victim is None:
-                return False
-            self._cache.free(victim.own)
-            victim.first = 1 << 62  # whatever comes next, it begins there
-        return True
-
-    def _forget_ended(self) -> None:
-        for handle in [handle for handle, each in self._followed.items() if each.of.finish_reason is not None]:
-            self._cache.free(self._followed.pop(handle).own)

@@ -150,9 +150,12 @@ class Speculation:
         step_ns, draft_ns : int
             How long the step took without proposing, and how long that took.
         """
-        methods = [method_of(item.request, features) for item in plan.items]
-        counts = [accepted.get(item.request.handle, 0) for item in plan.items]
-        self._adaptive.observe(plan.items, methods, counts, step_ns, draft_ns)
+        verified = [
+            (item, method_of(item.request, features), accepted.get(item.request.handle, 0))
+            for item in plan.items
+            if item.drafts
+        ]
+        self._adaptive.observe(plan.items, verified, step_ns, draft_ns)
 
     def switched(self, names: Collection[str]) -> None:
         """Some features have other values from now on."""

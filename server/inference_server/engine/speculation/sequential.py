@@ -17,10 +17,9 @@ from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.request import Request
 from inference_server.engine.runner import Runner
 from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.engine.speculation.own_cache import Follower, OwnCache
 from inference_server.features import Features
-from inference_server.protocol import Kind, SamplingParams
-
-GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+from inference_server.protocol import Kind
 
 
 class Passes:
@@ -133,16 +132,13 @@ def _with(module: nn.Module, name: str, child: nn.Module) -> Any:
     return other
 
 
-class _Shadow:
+class _Shadow(Follower):
     """A request as the draft model knows it: the same text, but for what it proposed itself last time."""
 
-    __slots__ = ("agreed", "of", "own")
+    __slots__ = ("agreed",)
 
     def __init__(self, of: Request) -> None:
-        self.of = of
-        self.own = Request(
-            handle=of.handle, prompt_len=of.prompt_len, tokens=[], sampling=GREEDY, seed=0, arrival=of.arrival
-        )
+        super().__init__(of, of.prompt_len)
         self.agreed = 0
         """Tokens taken over from the request."""
 
@@ -176,10 +172,9 @@ class DraftModelProposer:
 
     def __init__(self, runner: Runner, cache: KVCache, max_model_len: int, vocab_size: int) -> None:
         self._passes = Passes(runner)
-        self._cache = cache
+        self._shadows: OwnCache[_Shadow] = OwnCache(cache)
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
-        self._shadows: dict[int, _Shadow] = {}
 
     def wish(self, request: Request, most: int) -> int:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
@@ -188,15 +183,16 @@ class DraftModelProposer:
     def propose(self, plan: StepPlan, items: list[Scheduled], features: Features) -> list[list[int]]:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
         del plan
-        self._forget_ended()
+        self._shadows.forget_ended()
         budget = features.max_num_batched_tokens
         shares: list[Scheduled] = []
         going: list[tuple[Request, Scheduled]] = []
         used = {item.request.handle for item in items}
         for item in items:
-            own = self._shadow(item.request).own
+            shadow = self._shadow(item.request)
+            own = shadow.own
             count = min(len(own.tokens) - own.num_computed, budget)
-            if count <= 0 or not self._extend(own, len(own.tokens) + item.count - 1, used):
+            if count <= 0 or not self._shadows.extend(shadow, len(own.tokens) + item.count - 1, used):
                 continue
             budget -= count
             done = own.num_computed + count == len(own.tokens)
@@ -219,8 +215,6 @@ class DraftModelProposer:
 
     def forget(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
-        for shadow in self._shadows.values():
-            self._cache.free(shadow.own)
         self._shadows.clear()
         self._passes.start_afresh()
 
@@ -228,28 +222,12 @@ class DraftModelProposer:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It has nothing of the model's."""
 
     def _proposed(self, item: Scheduled) -> list[int]:
-        shadow = self._shadows[item.request.handle]
+        shadow = self._shadows.of(item.request)
+        assert shadow is not None, "it was made or found when the step's passes began"
         proposed = shadow.own.tokens[shadow.agreed :]
         return proposed[:-1] if proposed and proposed[-1] >= self._vocab_size else proposed
 
     def _shadow(self, request: Request) -> _Shadow:
-        shadow = self._shadows.get(request.handle)
-        if shadow is None or shadow.of is not request:
-            shadow = self._shadows[request.handle] = _Shadow(request)
+        shadow = self._shadows.of(request) or self._shadows.add(_Shadow(request))
         shadow.follow()
         return shadow
-
-    def _extend(self, own: Request, end: int, used: set[int]) -> bool:
-        """Provide blocks, taking them from requests that are not in this step; ``False`` where that is not enough."""
-        while not self._cache.extend(own, end):
-            victim = next(
-                (each for handle, each in self._shadows.items() if handle not in used and each.own.blocks), None
-            )
-            if victim is None:
-                return False
-            self._cache.free(victim.own)
-        return True
-
-    def _forget_ended(self) -> None:
-        for handle in [handle for handle, each in self._shadows.items() if each.of.finish_reason is not None]:
-            self._cache.free(self._shadows.pop(handle).own)
