@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from inference_server.engine.cpu import kernels
+from inference_server.engine.cpu.machine import INT, Machine, float_bits
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.speculation.eagle import HeadRows
 from inference_server.engine.speculation.eagle_head import EagleHead, rope_frequencies
-
-INT = np.int64
 
 
 class CpuHeadRunner:
@@ -53,17 +52,10 @@ class CpuHeadRunner:
         self._cos, self._sin = angles.cos().contiguous(), angles.sin().contiguous()
         self._keys = torch.zeros(num_slots, shape.kv_heads, shape.head_dim, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
-        self._team = Team(threads)
-        self._parameters = np.zeros(kernels.NUM_PARAMETERS, dtype=INT)
-        self._counter = np.zeros(24, dtype=INT)
-        address = (self._counter.ctypes.data + 127) // 64 * 64
-        self._counter_index = (address - self._counter.ctypes.data) // 8
+        self._machine = Machine(Team(threads))
+        self._parameters = self._machine.parameters
         self._partials = torch.zeros(0)
         p = self._parameters
-        p[kernels.P_BARRIER] = address
-        p[kernels.P_THREADS] = self._team.num_threads_address
-        p[kernels.P_THREAD] = self._team.thread_num_address
-        p[kernels.P_YIELD] = self._team.yield_address
         p[kernels.P_COS], p[kernels.P_SIN] = self._cos.data_ptr(), self._sin.data_ptr()
         p[kernels.P_BLOCK_SIZE] = block_size
         self._rows = 0
@@ -76,9 +68,10 @@ class CpuHeadRunner:
         fused = torch.empty(rows, shape.hidden)
         op = [kernels.OP_LINEAR, source.data_ptr(), self._fc.data_ptr(), fused.data_ptr()]
         op += [3 * shape.hidden, shape.hidden, int(self._dtype == torch.bfloat16), 0, 0]
-        self._program[-1, : len(op)] = op
+        program = self._machine.program
+        program[-1, : len(op)] = op
         self._parameters[kernels.P_ROWS] = rows
-        self._launch(len(self._program) - 1, len(self._program))
+        self._machine.run(len(program) - 1, len(program))
         return fused
 
     @torch.inference_mode()
@@ -124,17 +117,11 @@ class CpuHeadRunner:
                 self._partials = torch.empty(2 * needed)
                 p[kernels.P_PARTIALS] = self._partials.data_ptr()
         p[kernels.P_ROWS] = 2 * count
-        self._launch(0, 1)
+        self._machine.run(0, 1)
         p[kernels.P_ROWS] = count
-        self._launch(1, len(self._program) - (1 if kept else 4))
+        self._machine.run(1, len(self._machine.program) - (1 if kept else 4))
         states = residual[rows.kept]
         return [self._proposed[index] for index in self._greedy[:kept].tolist()], states
-
-    def _launch(self, first: int, last: int) -> None:
-        p = self._parameters
-        p[kernels.P_FIRST], p[kernels.P_LAST] = first, last
-        self._counter[self._counter_index] = 0
-        self._team.run(int(kernels.region.address or 0), p.ctypes.data)
 
     def _reserve(self, rows: int) -> None:
         """Provide buffers for so many rows, and the program over them."""
@@ -144,8 +131,7 @@ class CpuHeadRunner:
         shape, dtype = self._shape, self._dtype
         hidden, bf16 = shape.hidden, int(dtype == torch.bfloat16)
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        eps = int(np.float32(shape.eps).view(np.uint32))
-        scaling = int(np.float32(shape.head_dim**-0.5).view(np.uint32))
+        eps, scaling = float_bits(shape.eps), float_bits(shape.head_dim**-0.5)
         self._both_inputs = torch.empty(rows, 2, hidden)
         self._residual = torch.empty(rows, hidden)
         self._normed = torch.empty(2 * rows, hidden, dtype=dtype)
@@ -188,7 +174,4 @@ class CpuHeadRunner:
             [kernels.OP_ARGMAX, self._logits.data_ptr(), shape.draft_vocab, 0],
             [],  # fusing features, which lie elsewhere each time
         ]
-        self._program = np.zeros((len(program), kernels.OP_WIDTH), dtype=INT)
-        for row, op in enumerate(program):
-            self._program[row, : len(op)] = op
-        self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
+        self._machine.load(program)

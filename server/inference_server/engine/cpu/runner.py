@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from inference_server.engine.attention import PagedKVTensors, slots_of
 from inference_server.engine.cpu import choices, kernels
 from inference_server.engine.cpu.choices import OWN, TORCH, Choices, Shape
+from inference_server.engine.cpu.machine import INT, Machine, float_bits
 from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
 from inference_server.engine.quantization.packing import GRIDS
@@ -30,7 +31,6 @@ LONG_SEGMENT = MAX_DRAFTS + 1
 """A request that computes more positions than this in one step attends through torch, fewer through own kernel."""
 PASS_BYTES = 1 << 24
 """Weights that one pass of a measurement reads, about."""
-INT = np.int64
 
 
 @dataclass(slots=True)
@@ -114,13 +114,8 @@ class FastRunner:
         self.kernel_ns = 0
         """Time that the last step spent in kernels and in calling them; the rest of the step is the host's."""
         self._bf16 = int(architecture.dtype == torch.bfloat16)
-        self._parameters = np.zeros(kernels.NUM_PARAMETERS, dtype=INT)
-        self._parameters_address: int = self._parameters.ctypes.data
-        # The counter has a cache line of its own: all threads write to it.
-        self._counter = np.zeros(24, dtype=INT)
-        self._counter_address = (self._counter.ctypes.data + 127) // 64 * 64
-        self._counter_index = (self._counter_address - self._counter.ctypes.data) // 8
-        self._region = int(kernels.region.address or 0)
+        self._machine = Machine(self.team)
+        self._parameters = self._machine.parameters
         self._rows = self._kept = 0
         self._partials = torch.zeros(0)
         self._captured = torch.zeros(0)
@@ -133,10 +128,6 @@ class FastRunner:
         self._variant: Variant | None = None
         self._turn = 0
         p = self._parameters
-        p[kernels.P_BARRIER] = self._counter_address
-        p[kernels.P_THREADS] = self.team.num_threads_address
-        p[kernels.P_THREAD] = self.team.thread_num_address
-        p[kernels.P_YIELD] = self.team.yield_address
         p[kernels.P_COS] = architecture.cos.data_ptr()
         p[kernels.P_SIN] = architecture.sin.data_ptr()
         self._reserve(32, 32)
@@ -222,12 +213,12 @@ class FastRunner:
         self._turn += len(linears)
         self._parameters[kernels.P_ROWS] = self._parameters[kernels.P_NUM_KEPT] = rows
         if kernel == OWN:
-            program = np.ascontiguousarray(self._program[[linear.index for linear in linears]])
-            self._parameters[kernels.P_PROGRAM] = program.ctypes.data
+            whole = self._machine.program
+            self._machine.use(np.ascontiguousarray(whole[[linear.index for linear in linears]]))
             begin = time.perf_counter()
-            self._launch(0, len(program))
+            self._machine.run(0, len(linears))
             elapsed = time.perf_counter() - begin
-            self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
+            self._machine.use(whole)
             return elapsed / len(linears)
         calls = [(linear.source[:rows], linear.weight_t, self._target(linear, TORCH)[:rows]) for linear in linears]
         begin = time.perf_counter()
@@ -334,7 +325,7 @@ class FastRunner:
         begin = time.perf_counter_ns()
         for part in parts:
             if part[0] == "region":
-                self._launch(part[1], part[2])  # type: ignore[arg-type]
+                self._machine.run(part[1], part[2])  # type: ignore[arg-type]
             elif part[0] == "linear":
                 torch.mm(part[1], part[2], out=part[3])  # type: ignore[misc, arg-type]
             else:
@@ -393,7 +384,7 @@ class FastRunner:
 
     def _build(self) -> None:
         a, bf16 = self.architecture, self._bf16
-        eps = _bits(a.eps)
+        eps = float_bits(a.eps)
         program: list[list[int]] = []
         self._linears: list[_Linear] = []
         self._attention_index: list[int] = []
@@ -432,7 +423,7 @@ class FastRunner:
             extras = [_pointer(layer.qkv_bias), _pointer(layer.q_norm), _pointer(layer.k_norm), eps]
             qkv, attended = self._qkv.data_ptr(), self._attended.data_ptr()
             program.append([kernels.OP_ROTARY, qkv, *extras, keys, values, *heads, int(layer.rotate), bf16, *scales])
-            scaling = _bits(a.scaling)
+            scaling = float_bits(a.scaling)
             self._attention_index.append(len(program))
             attend = [kernels.OP_ATTEND, qkv, attended, keys, values, *heads, layer.window, scaling, bf16]
             program.append([*attend, *scales])
@@ -446,10 +437,7 @@ class FastRunner:
         linear(self._normed, a.head, self._logits, kept=True)
         program.append([kernels.OP_ARGMAX, self._logits.data_ptr(), a.vocab, 0])
         program.append([kernels.OP_ARGMAX, self._logits_torch.data_ptr(), a.vocab, bf16])
-        self._program = np.zeros((len(program), kernels.OP_WIDTH), dtype=INT)
-        for row, op in enumerate(program):
-            self._program[row, : len(op)] = op
-        self._parameters[kernels.P_PROGRAM] = self._program.ctypes.data
+        self._machine.load(program)
 
     def _kernel(self, linear: _Linear, rows: int) -> str:
         if linear.packed:
@@ -469,7 +457,7 @@ class FastRunner:
         if len(self._bound) > 64:
             self._bound.clear()
         breaks: dict[int, Part] = {}
-        end, head = len(self._program) - 2, self._linears[-1]
+        end, head = len(self._machine.program) - 2, self._linears[-1]
         logits = self._logits
         for linear in self._linears:
             count = kept if linear.kept else rows
@@ -518,13 +506,6 @@ class FastRunner:
             split.append(("region", begin, part[2]))  # type: ignore[arg-type]
         return split
 
-    def _launch(self, first: int, last: int) -> None:
-        p = self._parameters
-        p[kernels.P_FIRST] = first
-        p[kernels.P_LAST] = last
-        self._counter[self._counter_index] = 0
-        self.team.run(self._region, self._parameters_address)
-
     def _attend_segments(self, layer: int, packed: PackedStep) -> None:
         a = self.architecture
         window = a.layers[layer].window
@@ -565,7 +546,3 @@ def _mask(packed: PackedStep, segment: _Segment, window: int) -> Tensor:
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _bits(value: float) -> int:
-    return int(np.float32(value).view(np.uint32))
