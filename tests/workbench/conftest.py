@@ -5,25 +5,20 @@ from pathlib import Path
 
 import pytest
 
-import inference_workbench as iw
-
 sys.path.insert(0, str(Path(__file__).parent))
 
-from servers_under_test import InferenceServer, wait_for_socket
+from servers_under_test import connected, serving
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model, tmp_path_factory):
-    server = InferenceServer(tmp_path_factory.mktemp("w"), tiny_model)
-    server.start()
-    yield server
-    server.stop()
+    with serving(tmp_path_factory.mktemp("w"), tiny_model) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def module_workbench(server):
-    wait_for_socket(server, 60)
-    with iw.connect(uds=server.uds, token=server.token, timeout=120) as workbench:
+    with connected(server) as workbench:
         yield workbench
 
 

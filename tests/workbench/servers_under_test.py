@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 
+import inference_workbench as iw
+
 ROOT = Path(__file__).parents[2]
 TOKEN = "jupyter-token-of-the-test"
 
@@ -113,3 +115,20 @@ def wait_for_socket(server, seconds):
         except httpx.TransportError:
             assert time.monotonic() < deadline, server.log.read_text()
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def serving(folder, model):
+    """An inference server until the block ends."""
+    server = InferenceServer(folder, model)
+    server.start()
+    yield server
+    server.stop()
+
+
+@contextlib.contextmanager
+def connected(server):
+    """A workbench connected to a server, once that answers."""
+    wait_for_socket(server, 60)
+    with iw.connect(uds=server.uds, token=server.token, timeout=120) as workbench:
+        yield workbench

@@ -1,23 +1,18 @@
 """One server for all tests of experiments: every run begins by putting it into a known state anyway."""
 
 import pytest
-from servers_under_test import InferenceServer, wait_for_socket
-
-import inference_workbench as iw
+from servers_under_test import connected, serving
 
 
 @pytest.fixture(scope="session")
 def server(tiny_model, tmp_path_factory):
-    server = InferenceServer(tmp_path_factory.mktemp("x"), tiny_model)
-    server.start()
-    yield server
-    server.stop()
+    with serving(tmp_path_factory.mktemp("x"), tiny_model) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def module_workbench(server):
-    wait_for_socket(server, 60)
-    with iw.connect(uds=server.uds, token=server.token, timeout=120) as workbench:
+    with connected(server) as workbench:
         yield workbench
 
 

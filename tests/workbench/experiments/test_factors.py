@@ -247,6 +247,8 @@ def test_a_crossover_on_a_server_varies_the_load(wb, folder):
         (lambda: iw.ablate({"a": (1, 1), "b": (0, 1)}), "two different levels"),
         (lambda: iw.ablate(["a", "b"], design="half"), "no 'half' design for 2"),
         (lambda: iw.ablate(["a", "b"], blocks=3), "6 blocks at least"),
+        (lambda: iw.ablate(["a", "b"], confidence=1.0), "between 0.5 and 1"),
+        (lambda: iw.crossover("a", over="concurrency", values=[1, 2], confidence=95), "between 0.5 and 1"),
         (lambda: iw.crossover("a", over="concurrency", values=[4, 2]), "have to rise"),
         (lambda: iw.crossover(over="concurrency", values=[1, 2]), "Give either a switch"),
         (lambda: iw.crossover("a", over="rate", values=[1, 2], workload=iw.RequestSet(name="x", requests=[])), "fixed"),

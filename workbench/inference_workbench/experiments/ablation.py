@@ -17,11 +17,11 @@ import pandas as pd
 from inference_server.features import FeatureValue
 from inference_workbench.errors import WorkbenchError
 from inference_workbench.experiments.conductor import Slot
-from inference_workbench.experiments.experiment import Options, ProgressWish, Result, make
+from inference_workbench.experiments.experiment import BlockedResult, Options, ProgressWish, blocks_needed, make
 from inference_workbench.experiments.factorial import Design, aliases, contrasts, design_points
 from inference_workbench.experiments.figures import METRICS, PER_REQUEST, request_figures, run_figures
 from inference_workbench.experiments.journal import Features, RunRecord
-from inference_workbench.experiments.statistics import Effect, joint_p, paired_effect, pairs_for
+from inference_workbench.experiments.statistics import Effect, joint_effects
 from inference_workbench.experiments.workloads import AnyWorkload
 from inference_workbench.experiments.workloads import workload as make_workload
 
@@ -37,7 +37,7 @@ DEFAULT_METRIC = "e2e_ms"
 Levels = Mapping[str, tuple[FeatureValue, FeatureValue]]
 
 
-class Ablation(Result):
+class Ablation(BlockedResult):
     """The result of :func:`ablate`."""
 
     kind = "ablation"
@@ -86,11 +86,6 @@ class Ablation(Result):
             made.setdefault(run.block, set()).add(run.setting)
         return sorted(block for block, names in made.items() if names == wanted)
 
-    @property
-    def enough(self) -> bool:
-        """Whether there are blocks enough for intervals."""
-        return len(self.blocks) >= pairs_for(self.arguments["confidence"])
-
     @cached_property
     def aliases(self) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
         """For each effect, the others that this design cannot tell from it."""
@@ -108,19 +103,13 @@ class Ablation(Result):
         WorkbenchError
             If there is no such metric.
         """
-        per_block = self._contrast_values(metric)
-        confidence = self.arguments["confidence"]
-        p = joint_p({"×".join(effect): values for effect, values in per_block.items()})
-        return {
-            effect: msgspec.structs.replace(paired_effect(values, confidence), p=p["×".join(effect)])
-            for effect, values in per_block.items()
-        }
+        return joint_effects(self._contrast_values(metric), self.confidence)
 
     def effects(self, metric: str = DEFAULT_METRIC) -> pd.DataFrame:
         """Return a row an effect: ratio with interval, p (for all of them together), what it is mixed up with."""
         rows = []
         for effect, estimate in self.estimates_of(metric).items():
-            found = estimate.p <= 1 - self.arguments["confidence"] and not estimate.low <= 0 <= estimate.high
+            found = estimate.found(self.confidence)
             rows.append(
                 {
                     "effect": " × ".join(effect),
@@ -248,7 +237,7 @@ def ablate(
     if wrong:
         raise WorkbenchError(f"A switch takes two different levels, such as (False, True); wrong: {', '.join(wrong)}.")
     design_points(len(levels), design)
-    if blocks < (least := pairs_for(confidence)):
+    if blocks < (least := blocks_needed(confidence)):
         raise WorkbenchError(
             f"At {confidence:.0%} it takes {least} blocks at least to find any effect, however large; not {blocks}."
         )

@@ -15,12 +15,12 @@ import pandas as pd
 from inference_server.features import FeatureValue
 from inference_workbench.errors import WorkbenchError
 from inference_workbench.experiments.conductor import Conductor, Slot, output_ids
-from inference_workbench.experiments.experiment import Options, ProgressWish, Result, make
+from inference_workbench.experiments.experiment import BlockedResult, Options, ProgressWish, blocks_needed, make
 from inference_workbench.experiments.figures import METRICS, paired_effects, run_figures
 from inference_workbench.experiments.journal import Features
 from inference_workbench.experiments.outputs import Outputs, ask_gaps, divergences, judge
 from inference_workbench.experiments.sites import OwnServer
-from inference_workbench.experiments.statistics import Effect, joint_p, paired_effect, pairs_for, pairs_needed
+from inference_workbench.experiments.statistics import Effect, joint_p, paired_effect, pairs_needed
 from inference_workbench.experiments.workloads import AnyWorkload
 from inference_workbench.experiments.workloads import workload as make_workload
 
@@ -60,7 +60,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """``better``, ``worse`` or ``no difference found``."""
 
 
-class Comparison(Result):
+class Comparison(BlockedResult):
     """The result of :func:`compare`."""
 
     kind = "compare"
@@ -100,14 +100,9 @@ class Comparison(Result):
             ask_gaps(conductor.site.workbench, load.requests, ones[0], found, self.journal.probes, self.journal.append)
 
     @property
-    def enough(self) -> bool:
-        """Whether there are pairs enough for an interval."""
-        return len(self.pairs) >= pairs_for(self.confidence)
-
-    @property
-    def confidence(self) -> float:
-        """Of the intervals."""
-        return float(self.arguments["confidence"])
+    def blocks(self) -> list[int]:
+        """The pairs."""
+        return self.pairs
 
     @property
     def pairs(self) -> list[int]:
@@ -132,7 +127,7 @@ class Comparison(Result):
         findings = {}
         for name, metric in METRICS.items():
             effect = effects[name]
-            found = adjusted[name] <= 1 - self.confidence and not effect.low <= 0 <= effect.high
+            found = effect.found(self.confidence, adjusted[name])
             good = (effect.estimate < 0) == (metric.better == "lower")
             findings[name] = Finding(
                 metric=name,
@@ -307,9 +302,7 @@ def compare(
     >>> result = iw.compare({"kv_cache": True}, {"kv_cache": False}, "chat")
     >>> result.verdict, result.plot(), result.outputs
     """
-    if not 0.5 <= confidence < 1:
-        raise WorkbenchError(f"The confidence is between 0.5 and 1, such as 0.95, not {confidence}.")
-    if pairs < (least := pairs_for(confidence)):
+    if pairs < (least := blocks_needed(confidence)):
         raise WorkbenchError(
             f"At {confidence:.0%} it takes {least} pairs at least to find any difference, however large; not {pairs}."
         )

@@ -18,10 +18,10 @@ from inference_server.workloads.workload import Workload
 from inference_workbench.errors import WorkbenchError
 from inference_workbench.experiments.compare import BASELINE, CANDIDATE
 from inference_workbench.experiments.conductor import Slot
-from inference_workbench.experiments.experiment import Options, ProgressWish, Result, make
+from inference_workbench.experiments.experiment import BlockedResult, Options, ProgressWish, blocks_needed, make
 from inference_workbench.experiments.figures import METRICS, paired_effects
 from inference_workbench.experiments.journal import Features
-from inference_workbench.experiments.statistics import Effect, expanded_quantiles, joint_p, paired_effect, pairs_for
+from inference_workbench.experiments.statistics import Effect, expanded_quantiles, joint_effects
 from inference_workbench.experiments.workloads import AnyWorkload, from_plain
 from inference_workbench.experiments.workloads import workload as make_workload
 
@@ -51,7 +51,7 @@ class Crossing(msgspec.Struct, frozen=True, kw_only=True):
     """``gain to loss`` or ``loss to gain``, with rising values."""
 
 
-class Crossover(Result):
+class Crossover(BlockedResult):
     """The result of :func:`crossover`."""
 
     kind = "crossover"
@@ -109,16 +109,11 @@ class Crossover(Result):
             counts[run.block] = counts.get(run.block, 0) + 1
         return sorted(block for block, count in counts.items() if count == 2 * len(self.values))
 
-    @property
-    def enough(self) -> bool:
-        """Whether there are blocks enough for intervals."""
-        return len(self.blocks) >= pairs_for(self.arguments["confidence"])
-
     def effects(self, metric: str = DEFAULT_METRIC) -> pd.DataFrame:
         """Return a row a value: ratio of a metric with its interval, p (for all values together), and the verdict."""
         rows = []
         for value, effect in self._effects(metric).items():
-            found = effect.p <= 1 - self.arguments["confidence"] and not effect.low <= 0 <= effect.high
+            found = effect.found(self.confidence)
             good = (effect.estimate < 0) == (METRICS[metric].better == "lower")
             verdict = ("gain" if good else "loss") if found else "no difference found"
             rows.append(
@@ -151,7 +146,7 @@ class Crossover(Result):
         found = [first_crossing(scale, table[rows].mean(axis=0), rising=rising) for rows in chosen]
         places = np.array([np.nan if each is None else each[0] for each in found])
         share = float(np.isfinite(places).mean())
-        tail, upper = expanded_quantiles(len(table), self.arguments["confidence"])
+        tail, upper = expanded_quantiles(len(table), self.confidence)
         # A resample without a crossing says that it may lie beyond either end.
         low = np.quantile(np.where(np.isfinite(places), places, -np.inf), tail, method="lower")
         high = np.quantile(np.where(np.isfinite(places), places, np.inf), upper, method="higher")
@@ -170,7 +165,7 @@ class Crossover(Result):
         """The finding about E2E in a sentence."""
         over = self.arguments["over"]
         crossing = self.crossing()
-        if crossing is not None and crossing.share >= self.arguments["confidence"]:
+        if crossing is not None and crossing.share >= self.confidence:
             return (
                 f"The candidate turns from {crossing.turns} in E2E at {over} = {crossing.value:.3g} "
                 f"({crossing.low:.3g} to {crossing.high:.3g})."
@@ -219,12 +214,8 @@ class Crossover(Result):
 
     def _effects(self, metric: str) -> dict[Any, Effect]:
         table = self._table(metric)
-        confidence = self.arguments["confidence"]
-        p = joint_p({str(value): table[:, place] for place, value in enumerate(self.values)})
-        return {
-            value: msgspec.structs.replace(paired_effect(table[:, place], confidence), p=p[str(value)])
-            for place, value in enumerate(self.values)
-        }
+        columns = {value: table[:, place] for place, value in enumerate(self.values)}
+        return joint_effects(columns, self.confidence)
 
     def _table(self, metric: str) -> Floats:
         """Return the effect in each block (row) at each value (column), as the logarithm of a ratio."""
@@ -320,7 +311,7 @@ def crossover(
     listed = list(values)
     if len(listed) < 2 or listed != sorted(set(listed)):
         raise WorkbenchError(f"The values of {over!r} have to rise, and be two at least; not {listed}.")
-    if pairs < (least := pairs_for(confidence)):
+    if pairs < (least := blocks_needed(confidence)):
         raise WorkbenchError(f"At {confidence:.0%} it takes {least} pairs at least at each value; not {pairs}.")
     what = make_workload(workload)
     if not isinstance(what, Workload) and over in OVER_LOAD:

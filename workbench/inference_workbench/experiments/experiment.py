@@ -14,6 +14,7 @@ import msgspec
 import pandas as pd
 
 from inference_server.workloads.workload import PRESETS
+from inference_workbench.errors import WorkbenchError
 from inference_workbench.experiments.conductor import CancelledError, Conductor, Slot
 from inference_workbench.experiments.figures import requests_table, run_figures
 from inference_workbench.experiments.journal import (
@@ -31,6 +32,7 @@ from inference_workbench.experiments.journal import (
 )
 from inference_workbench.experiments.progress import Report, progress_for
 from inference_workbench.experiments.sites import AnyServer, OwnServer, Site
+from inference_workbench.experiments.statistics import pairs_for
 from inference_workbench.experiments.target import Target
 from inference_workbench.experiments.workloads import AnyWorkload, RequestSet, from_plain, plan
 
@@ -252,6 +254,38 @@ class Result:
             else:
                 shown.append(f"{self.renamed.get(name, name)}={value!r}")
         return "\n    " + ",\n    ".join([*shown, "wb=wb"]) + ",\n"
+
+
+def blocks_needed(confidence: float) -> int:
+    """Return how many blocks it takes at least for anything to be found.
+
+    Raises
+    ------
+    WorkbenchError
+        If there is no such confidence.
+    """
+    if not 0.5 <= confidence < 1:
+        raise WorkbenchError(f"The confidence is between 0.5 and 1, such as 0.95, not {confidence}.")
+    return pairs_for(confidence)
+
+
+class BlockedResult(Result):
+    """A result of runs in blocks, each of which has every setting: what it says is paired, block by block."""
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of the blocks of which all runs were made."""
+        raise NotImplementedError
+
+    @property
+    def confidence(self) -> float:
+        """Of the intervals."""
+        return float(self.arguments["confidence"])
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are blocks enough for intervals."""
+        return len(self.blocks) >= pairs_for(self.confidence)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

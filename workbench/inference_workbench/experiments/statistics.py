@@ -10,12 +10,14 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+K = TypeVar("K")
 
 _RESAMPLES = 10_000
 _EXACT_UP_TO = 14
@@ -48,6 +50,10 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True):
     def ratio_high(self) -> float:
         """Upper end of its interval."""
         return math.exp(self.high)
+
+    def found(self, confidence: float, p: float | None = None) -> bool:
+        """Whether there is a difference: both the test (with ``p`` where it is adjusted) and the interval say so."""
+        return (self.p if p is None else p) <= 1 - confidence and not self.low <= 0 <= self.high
 
 
 def paired_effect(effects: Sequence[float] | Floats, confidence: float = 0.95, seed: int = 0) -> Effect:
@@ -86,7 +92,7 @@ def expanded_quantiles(count: int, confidence: float) -> tuple[float, float]:
     return tail, 1 - tail
 
 
-def joint_p(effects: Mapping[str, Sequence[float] | Floats], seed: int = 0) -> dict[str, float]:
+def joint_p(effects: Mapping[K, Sequence[float] | Floats], seed: int = 0) -> dict[K, float]:
     """Test several metrics of the same pairs, so that the chance of *any* false alarm is what the p-values say.
 
     Signs are flipped for all metrics of a pair at once, and each metric is compared with the largest standardized mean
@@ -118,6 +124,14 @@ def joint_p(effects: Mapping[str, Sequence[float] | Floats], seed: int = 0) -> d
     for name, distance in zip(tested, observed, strict=True):
         adjusted[name] = float((more + (largest >= distance * (1 - 1e-9)).sum()) / all_)
     return adjusted
+
+
+def joint_effects(effects: Mapping[K, Sequence[float] | Floats], confidence: float) -> dict[K, Effect]:
+    """Estimate several effects on the same pairs, each with the p-value of :func:`joint_p`."""
+    p = joint_p(effects)
+    return {
+        name: msgspec.structs.replace(paired_effect(values, confidence), p=p[name]) for name, values in effects.items()
+    }
 
 
 def pairs_for(confidence: float) -> int:
