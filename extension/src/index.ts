@@ -19,7 +19,7 @@ import { recordingsPlugin } from './lab/recordings-plugin';
 import { InferenceServer } from './lab/server';
 import { StatusItem } from './lab/status-item';
 import { openTeachingLayout, TEACH_PARAMETER } from './lab/teaching';
-import { CATEGORY, CommandIds, IInferenceServer, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
+import { CATEGORY, CommandIds, IInferenceServer, MODE_ARGUMENT, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
 import { addViewCommands } from './lab/view-commands';
 import type { FeatureValue } from './telemetry/protocol';
 import type { LayoutName } from './views/arrangement';
@@ -59,11 +59,7 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         args: {
           type: 'object',
           properties: {
-            mode: {
-              type: 'string',
-              enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
-              description: 'Where to put the panel relative to the current tab.'
-            }
+            mode: MODE_ARGUMENT
           }
         }
       },

@@ -19,7 +19,7 @@ import {
   RecordingModelFactory,
   RecordingView
 } from './recording-document';
-import { CATEGORY, CommandIds, IInferenceServer, PLUGIN_NAMESPACE, PluginIds } from './tokens';
+import { CATEGORY, CommandIds, IInferenceServer, MODE_ARGUMENT, PLUGIN_NAMESPACE, PluginIds } from './tokens';
 
 /** Where a server that JupyterLab started puts its recordings, relative to JupyterLab's root folder. */
 const FOLDER = 'recordings';
@@ -99,11 +99,7 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
         args: {
           type: 'object',
           properties: {
-            mode: {
-              type: 'string',
-              enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
-              description: 'Where to put it relative to the current tab.'
-            }
+            mode: MODE_ARGUMENT
           }
         }
       },

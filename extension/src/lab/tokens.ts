@@ -58,3 +58,10 @@ export const IInferenceServer = new Token<IInferenceServer>(
 
 /** The first lesson, relative to JupyterLab's root folder or below `notebooks/`. */
 export const FIRST_LESSON = '01-first-tokens.ipynb';
+
+/** Schema of a command's argument that says where to put what it opens. */
+export const MODE_ARGUMENT = {
+  type: 'string',
+  enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
+  description: 'Where to put it relative to the current tab.'
+};

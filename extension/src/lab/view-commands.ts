@@ -14,7 +14,7 @@ import type { WorkbenchOptions } from '../views/workbench';
 import { workbenchIcon } from './icon';
 import { WorkbenchPanel } from './panel';
 import type { IInferenceServer } from './tokens';
-import { CATEGORY, CommandIds, PLUGIN_NAMESPACE } from './tokens';
+import { CATEGORY, CommandIds, MODE_ARGUMENT, PLUGIN_NAMESPACE } from './tokens';
 
 type Pane = MainAreaWidget<WorkbenchPanel>;
 
@@ -91,11 +91,7 @@ export function addViewCommands(
         required: ['view'],
         properties: {
           view: { type: 'string', enum: [...VIEWS], description: 'Which figure.' },
-          mode: {
-            type: 'string',
-            enum: ['tab-after', 'split-right', 'split-left', 'split-top', 'split-bottom'],
-            description: 'Where to put it relative to the current tab.'
-          }
+          mode: MODE_ARGUMENT
         }
       }
     },

@@ -2,6 +2,7 @@
 
 import { PARTS } from './protocol';
 import type { TelemetryStore, TokenRecord } from './store';
+import { tokensWithin } from './window';
 
 /** Where the latency of a step's tokens went, on average over them. */
 export interface StepParts {
@@ -18,13 +19,7 @@ export interface StepParts {
 /** The steps whose tokens were sent within the newest `windowNs`, by number; tokens without parts are left out. */
 export function partsByStep(store: TelemetryStore, windowNs: number): Map<number, StepParts> {
   const result = new Map<number, StepParts>();
-  const newest = store.tokens.at(-1);
-  const since = newest ? newest.sentNs - windowNs : 0;
-  for (let index = store.tokens.length - 1; index >= 0; index--) {
-    const token = store.tokens.at(index)!;
-    if (token.sentNs < since) {
-      break;
-    }
+  for (const token of tokensWithin(store, windowNs)) {
     if (token.parts !== null) {
       add(result, token, token.parts);
     }

@@ -2,6 +2,7 @@
 
 import { percentiles } from './statistics';
 import type { TelemetryStore } from './store';
+import { tokensWithin } from './window';
 
 export type LatencyName = 'ttft' | 'itl' | 'tpot' | 'e2e';
 export const LATENCIES: readonly LatencyName[] = ['ttft', 'itl', 'tpot', 'e2e'];
@@ -9,7 +10,7 @@ export const LATENCIES: readonly LatencyName[] = ['ttft', 'itl', 'tpot', 'e2e'];
 export const QUANTILES: readonly number[] = [0.5, 0.9, 0.95, 0.99, 1];
 
 /**
- * Every value in the newest `windowNs`, ms: TTFT and ITL of the tokens that were sent in it, TPOT and E2E of the requests
+ * Every value in the newest `windowNs`, ms, the newest first: TTFT and ITL of the tokens that were sent in it, TPOT and E2E of the requests
  * that finished in it.
  */
 export function latencies(store: TelemetryStore, windowNs: number): Record<LatencyName, number[]> {
@@ -19,11 +20,7 @@ export function latencies(store: TelemetryStore, windowNs: number): Record<Laten
     return found;
   }
   const since = newest.sentNs - windowNs;
-  for (let at = store.tokens.length - 1; at >= 0; at--) {
-    const token = store.tokens.at(at)!;
-    if (token.sentNs < since) {
-      break;
-    }
+  for (const token of tokensWithin(store, windowNs).reverse()) {
     (token.index === 0 ? found.ttft : found.itl).push(token.latencyNs / 1e6);
   }
   for (const { event } of store.requests.values()) {

@@ -3,7 +3,7 @@
  * projector's mode. Owns the toolbar over the figures and the state behind it, no view.
  */
 
-import { h, setText, uniqueId } from './dom';
+import { h, placeAt, setText, uniqueId } from './dom';
 import { count } from './format';
 import type { Translation } from './translation';
 
@@ -109,11 +109,7 @@ export class Arrangement {
     });
     menu.addEventListener('toggle', event => {
       if (event.newState === 'open') {
-        const mark = menuButton.getBoundingClientRect();
-        const { width, height } = menu.getBoundingClientRect();
-        menu.style.left = `${Math.max(8, Math.min(mark.left, window.innerWidth - width - 8))}px`;
-        const below = mark.bottom + 6 + height < window.innerHeight;
-        menu.style.top = `${below ? mark.bottom + 6 : Math.max(8, mark.top - height - 6)}px`;
+        placeAt(menuButton, menu);
       }
     });
     this.pauseButton = h('button', {

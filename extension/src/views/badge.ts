@@ -1,6 +1,6 @@
 /** The mark beside every number: how it was obtained, and on demand its definition. Works by mouse, touch and keyboard. */
 
-import { h, uniqueId } from './dom';
+import { h, placeAt, uniqueId } from './dom';
 import type { Translation } from './translation';
 
 export function measuredBadge(trans: Translation, what: string, definition: string): HTMLElement {
@@ -18,11 +18,7 @@ export function measuredBadge(trans: Translation, what: string, definition: stri
     if (visible) {
       // In the top layer, where no card or panel can clip it.
       bubble.showPopover();
-      const mark = button.getBoundingClientRect();
-      const { width, height } = bubble.getBoundingClientRect();
-      const below = mark.bottom + 6 + height < window.innerHeight;
-      bubble.style.left = `${Math.max(8, Math.min(mark.left, window.innerWidth - width - 8))}px`;
-      bubble.style.top = `${below ? mark.bottom + 6 : mark.top - height - 6}px`;
+      placeAt(button, bubble);
     } else {
       bubble.hidePopover();
     }

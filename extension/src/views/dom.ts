@@ -56,3 +56,12 @@ export function setText(element: HTMLElement, text: string): void {
     element.textContent = text;
   }
 }
+
+/** Put what was opened in the top layer below the element it belongs to, or above where there is no room, on the page. */
+export function placeAt(mark: HTMLElement, opened: HTMLElement): void {
+  const at = mark.getBoundingClientRect();
+  const { width, height } = opened.getBoundingClientRect();
+  const below = at.bottom + 6 + height < window.innerHeight;
+  opened.style.left = `${Math.max(8, Math.min(at.left, window.innerWidth - width - 8))}px`;
+  opened.style.top = `${below ? at.bottom + 6 : Math.max(8, at.top - height - 6)}px`;
+}

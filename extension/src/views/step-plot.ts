@@ -2,6 +2,7 @@
 
 import { minMaxIndices } from '../telemetry/statistics';
 import type { StepRecord } from '../telemetry/store';
+import { stepsWithin } from '../telemetry/window';
 import type { Bokeh, Figure, Range1d } from './bokeh';
 import { duration } from './format';
 import { Plot } from './plot';
@@ -51,24 +52,11 @@ export abstract class StepPlot extends Plot {
    * {@link shown} and the x axis.
    */
   protected collect(value: (step: StepRecord) => number, from = -Infinity): void {
-    const { store, windowNs } = this.context;
-    const newest = store.steps.at(-1);
-    const all: StepRecord[] = [];
-    if (newest) {
-      const since = newest.event.end_ns - windowNs;
-      for (let index = store.steps.length - 1; index >= 0; index--) {
-        const step = store.steps.at(index)!;
-        if (step.event.end_ns < since || step.event.step < from) {
-          break;
-        }
-        all.push(step);
-      }
-      all.reverse();
-    }
+    const all = stepsWithin(this.context.store, this.context.windowNs, from);
     this.shown = minMaxIndices(all.map(value), this.columns).map(index => all[index]);
-    if (this.xRange && newest && all.length > 0) {
+    if (this.xRange && all.length > 0) {
       const first = all[0].event.step;
-      const last = newest.event.step;
+      const last = all[all.length - 1].event.step;
       this.xRange.start = Math.min(first, Math.max(0, last - 40)) - 1;
       this.xRange.end = last + 1;
     }
