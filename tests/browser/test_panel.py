@@ -82,8 +82,8 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     caption = workbench.locator(".iw-plot-latency .iw-caption")
     expect(caption).to_contain_text("KV cache off")
     off, on = slope_of(caption.inner_text(), "KV cache off"), slope_of(caption.inner_text(), "KV cache on")
-    # Off, each token computes all tokens before it again: the line climbs. On, it is flat, but for the noise of
-    # whatever else the machine does meanwhile.
+    # Off, each token computes all tokens before it again: the line climbs. On, it is flat. The stretch before the
+    # switch would not do: the page builds its figures meanwhile, on the cores that compute the tokens.
     assert off > 2 * abs(on), (off, on)
 
 

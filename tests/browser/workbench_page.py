@@ -77,10 +77,10 @@ def stats(page: Page) -> dict[str, Any]:
 
 
 def slope_of(caption: str, label: str) -> float:
-    """Slope, ms per 100 tokens, that the latency plot's caption gives for the epoch called ``label``."""
-    match = re.search(rf"{label}\): median [\d.,]+ ms, slope ([+−][\d.,]+) ms", caption)
-    assert match, f"no slope of {label!r} in {caption!r}"
-    return float(match[1].replace("−", "-").replace(",", ""))
+    """Slope, ms per 100 tokens, that the latency plot's caption gives for the newest epoch called ``label``."""
+    slopes = re.findall(rf"{label}\): median [\d.,]+ ms, slope ([+−][\d.,]+) ms", caption)
+    assert slopes, f"no slope of {label!r} in {caption!r}"
+    return float(slopes[-1].replace("−", "-").replace(",", ""))
 
 
 PLOTS = ("latency", "attribution", "batch", "kv", "timeline", "roofline")

@@ -10,8 +10,8 @@ export const LATENCIES: readonly LatencyName[] = ['ttft', 'itl', 'tpot', 'e2e'];
 export const QUANTILES: readonly number[] = [0.5, 0.9, 0.95, 0.99, 1];
 
 /**
- * Every value in the newest `windowNs`, ms, the newest first: TTFT and ITL of the tokens that were sent in it, TPOT and E2E of the requests
- * that finished in it.
+ * Every value in the newest `windowNs`, ms: TTFT and ITL of the tokens that were sent in it, the newest first, TPOT and E2E
+ * of the requests that finished in it.
  */
 export function latencies(store: TelemetryStore, windowNs: number): Record<LatencyName, number[]> {
   const found: Record<LatencyName, number[]> = { ttft: [], itl: [], tpot: [], e2e: [] };

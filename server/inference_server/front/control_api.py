@@ -133,10 +133,14 @@ class ControlApi:
         return json_response({"requests": self._log.requests, "now_ns": time.monotonic_ns()})
 
     async def cancel(self, identifier: str) -> Response:
-        """End a request, by its id or its handle."""
+        """End a request, by its id or its handle.
+
+        One that has ended already is answered with an empty list: whoever stops a request cannot know that it ended by
+        itself while the call was on its way.
+        """
         samples = self._requests.find(identifier)
-        if not samples:
-            raise ApiError(404, f"No active request has the id {identifier!r}.", code="request_not_found")
+        if not samples and not self._log.knows(identifier):
+            raise ApiError(404, f"No request has the id {identifier!r}.", code="request_not_found")
         for sample in samples:
             self._requests.cancel_sample(sample)
         return json_response({"cancelled": [sample.handle for sample in samples]})

@@ -7,6 +7,7 @@ it missed the event itself.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -133,6 +134,14 @@ class EventLog:
     def requests(self) -> list[RequestEvent]:
         """The newest event of every active request and of the most recent ended ones, oldest request first."""
         return [event for _, event in self._requests.values()]
+
+    def knows(self, identifier: str) -> bool:
+        """Return whether an active or recent request has this id (that of all its choices too) or handle."""
+        own_or_choice = re.compile(re.escape(identifier) + r"(-\d+)?")
+        return any(
+            identifier == str(handle) or own_or_choice.fullmatch(event.id)
+            for handle, (_, event) in self._requests.items()
+        )
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call ``listener`` after every append, on the event loop; return the function that ends it."""

@@ -229,9 +229,29 @@ def test_a_request_can_be_cancelled_by_its_id(front: RunningFront) -> None:
     )
     next(iter(stream))
     assert stream.response.headers["x-request-id"] == "mine"
-    assert front.http.post("/requests/mine/cancel").status_code == 200
+    cancelled = front.http.post("/requests/mine/cancel")
+    assert (cancelled.status_code, len(cancelled.json()["cancelled"])) == (200, 1)
     assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "cancelled"
-    assert front.http.post("/requests/mine/cancel").status_code == 404
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_stopping_a_request_that_just_ended_changes_nothing_and_an_unknown_one_is_an_error(
+    front: RunningFront, choices: int
+) -> None:
+    front.client.completions.create(
+        model="tiny-llama",
+        prompt="Once",
+        max_tokens=2,
+        n=choices,
+        extra_body={"request_id": f"over-{choices}"},
+    )
+    late = front.http.post(f"/requests/over-{choices}/cancel")
+    assert (late.status_code, late.json()) == (200, {"cancelled": []})
+    ended = [r for r in front.http.get("/requests").json()["requests"] if r["id"].startswith(f"over-{choices}")]
+    assert {r["finish_reason"] for r in ended} <= {"length", "stop"}
+    unknown = front.http.post("/requests/never-asked/cancel")
+    assert unknown.status_code == 404
+    assert "never-asked" in unknown.json()["error"]["message"]
 
 
 async def test_many_streams_at_once_each_get_their_own_answer(front: RunningFront) -> None:
