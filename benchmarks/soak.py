@@ -27,6 +27,7 @@ import psutil  # noqa: E402
 import rows  # noqa: E402
 from chromium import FLAGS, find_chromium  # noqa: E402
 from jupyterlab import TOKEN, JupyterLab, running_jupyterlab  # noqa: E402
+from page_process import page_process  # noqa: E402
 from playwright.sync_api import CDPSession, sync_playwright  # noqa: E402
 from recording import attribution  # noqa: E402
 from streams import Server, steady_load  # noqa: E402
@@ -81,16 +82,6 @@ def resident(lab: JupyterLab, renderer: psutil.Process) -> dict[str, int]:
     return found
 
 
-def renderer_of(browser_pids: set[int]) -> psutil.Process:
-    """The renderer that works most: the one with the page."""
-    renderers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if process.pid not in browser_pids and "--type=renderer" in (process.info["cmdline"] or [])
-    ]
-    return max(renderers, key=lambda process: sum(process.cpu_times()[:2]))
-
-
 def growth(samples: list[int]) -> tuple[float, float, float]:
     """Median of the middle third, of the last, and how much more the last is."""
     third = len(samples) // 3
@@ -106,7 +97,6 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     samples: dict[str, list[int]] = {}
-    before = {process.pid for process in psutil.process_iter()}
     with (
         tempfile.TemporaryDirectory(prefix="iw-") as folder,
         running_jupyterlab(Path(folder)) as lab,
@@ -116,7 +106,7 @@ def main() -> None:
         page = chromium.new_page(viewport={"width": 1500, "height": 1300})
         open_panel(page, lab)
         session = page.context.new_cdp_session(page)
-        renderer = renderer_of(before)
+        renderer = page_process()
         api = httpx.Client(base_url=lab.workbench, headers=lab.headers, timeout=300)
         identifier = api.post("recordings", json={"name": "soak"}).raise_for_status().json()["id"]
         begin = time.monotonic()

@@ -1,0 +1,20 @@
+"""The process in which Chromium runs a page that this one has opened, as the operating system counts its work."""
+
+from __future__ import annotations
+
+import psutil
+
+
+def page_process() -> psutil.Process:
+    """Return the renderer that works most among the browsers that this process has started: the one with the page."""
+    renderers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any("--type=renderer" in argument for argument in process.cmdline())
+    ]
+    return max(renderers, key=lambda process: sum(process.cpu_times()[:2]))
+
+
+def main_thread_s(page: psutil.Process) -> float:
+    """CPU seconds of a page's main thread. Chromium's own count has the time in it that was spent waiting for a core."""
+    return next(thread.user_time + thread.system_time for thread in page.threads() if thread.id == page.pid)
