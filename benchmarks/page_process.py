@@ -16,5 +16,5 @@ def page_process() -> psutil.Process:
 
 
 def main_thread_s(page: psutil.Process) -> float:
-    """CPU seconds of a page's main thread. Chromium's own count has the time in it that was spent waiting for a core."""
+    """Return the CPU seconds of a page's main thread; Chromium's own count has waiting for a core in it."""
     return next(thread.user_time + thread.system_time for thread in page.threads() if thread.id == page.pid)

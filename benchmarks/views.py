@@ -4,7 +4,8 @@
 
 The recording is synthetic (``tests/synthetic_recording.py``), its events are those of a server. While it plays, the
 pointer moves over the figures once a frame, as a reader's does; frames are counted. The main thread's time is the
-operating system's, and beside it Chromium's own, which counts waiting for a core too. The heap is taken after a collection, at the beginning and at the end.
+operating system's, and beside it Chromium's own, which counts waiting for a core too. The heap is taken after a
+collection, at the beginning and at the end.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, CDPSession, sync_playwright
 from page_process import main_thread_s, page_process
+from playwright.sync_api import Browser, CDPSession, sync_playwright
 from rows import append, cpu_name
 
 ROOT = Path(__file__).parents[1]
@@ -29,24 +30,41 @@ from chromium import FLAGS, find_chromium  # noqa: E402 -- found by the line abo
 from inference_workbench.recording import open_recording  # noqa: E402
 from synthetic_recording import write_recording  # noqa: E402 -- found by the line above
 
-# Moves the pointer over every figure on the screen, one place a frame, and resolves to the time of each frame.
+# Moves the pointer over every figure on the screen, one place a frame; resolves to the time of each frame. Events go
+# to the element that a mouse would meet there, also in the shadows of Bokeh.
 WATCH = """seconds => new Promise(done => {
   const frames = [];
   const began = performance.now();
-  const targets = [...document.querySelectorAll('.iw-plots .iw-grid-overlay, .iw-plots .iw-plot canvas')];
-  const move = at => {
-    frames.push(at);
+  const targets = [...document.querySelectorAll('.iw-plots .iw-plot')].filter(each => {
+    const box = each.getBoundingClientRect();
+    return box.height > 0 && box.top >= 0 && box.bottom <= innerHeight;
+  });
+  const deepest = (x, y) => {
+    let found = null;
+    for (let next = document.elementFromPoint(x, y); next && next !== found; ) {
+      found = next;
+      next = found.shadowRoot?.elementFromPoint(x, y);
+    }
+    return found;
+  };
+  const move = now => {
+    frames.push(now);
     if (performance.now() - began > seconds * 1000) {
       done(frames);
       return;
     }
-    const target = targets[Math.floor(frames.length / 30) % targets.length];
-    const box = target.getBoundingClientRect();
-    const x = (frames.length * 7) % Math.max(1, box.width);
-    const y = (frames.length * 3) % Math.max(1, box.height);
-    target.dispatchEvent(new MouseEvent('mousemove', {
-      clientX: box.left + x, clientY: box.top + y, bubbles: true, cancelable: true
-    }));
+    const box = targets[Math.floor(frames.length / 30) % targets.length].getBoundingClientRect();
+    const at = {
+      clientX: box.left + ((frames.length * 7) % box.width),
+      clientY: box.top + ((frames.length * 3) % box.height),
+      bubbles: true,
+      cancelable: true,
+      composed: true,
+      pointerType: 'mouse'
+    };
+    const target = deepest(at.clientX, at.clientY);
+    target.dispatchEvent(new PointerEvent('pointermove', at));
+    target.dispatchEvent(new MouseEvent('mousemove', at));
     requestAnimationFrame(move);
   };
   requestAnimationFrame(move);

@@ -3,7 +3,25 @@ import { test } from 'node:test';
 
 import { ClockOffset } from '../src/telemetry/clock';
 import { Ring } from '../src/telemetry/ring';
-import { minMaxIndices, percentile, robustLine } from '../src/telemetry/statistics';
+import { minMaxIndices, percentile, percentiles, robustLine } from '../src/telemetry/statistics';
+
+test('percentiles are those of the sorted values, many alike or none', () => {
+  let state = 1;
+  const random = () => (state = (state * 48271) % 2147483647) / 2147483647;
+  for (let length = 1; length < 300; length += 7) {
+    for (const kinds of [2, 10, 1e9]) {
+      const values = Array.from({ length }, () => Math.floor(random() * kinds));
+      const sorted = [...values].sort((a, b) => a - b);
+      const qs = [0.95, 0, 0.5, 1, 0.013];
+      const expected = qs.map(q => {
+        const rank = (length - 1) * q;
+        const low = sorted[Math.floor(rank)];
+        return low + (sorted[Math.ceil(rank)] - low) * (rank - Math.floor(rank));
+      });
+      assert.deepEqual(percentiles(values, qs), expected);
+    }
+  }
+});
 
 test('percentiles interpolate as numpy does', () => {
   assert.equal(percentile([4, 1, 3, 2], 0.5), 2.5);

@@ -16,7 +16,7 @@ export const SPEEDS: readonly Speed[] = [0.25, 0.5, 1, 2, 4, 8, 16, 'max'];
 export const MAX_SPEED_S = 10;
 
 /** More events than this are not told one by one: the store is given what came of them. */
-const MOST_EVENTS = 1500;
+const MOST_EVENTS = 6000;
 /** A pause of the recording longer than this is skipped where that is wanted. */
 const LONG_PAUSE_NS = 1e9;
 const BEFORE_NEXT_NS = 2e8;

@@ -6,5 +6,6 @@ export { MouseLeave, MouseMove } from '@bokeh/bokehjs/build/js/lib/core/bokeh_ev
 export { Document } from '@bokeh/bokehjs/build/js/lib/document';
 export { add_document_standalone as embed } from '@bokeh/bokehjs/build/js/lib/embed/standalone';
 export { Span } from '@bokeh/bokehjs/build/js/lib/models/annotations/span';
+export type { FigureView } from '@bokeh/bokehjs/build/js/lib/models/plots/figure';
 export { Range1d } from '@bokeh/bokehjs/build/js/lib/models/ranges/range1d';
 export { ColumnDataSource } from '@bokeh/bokehjs/build/js/lib/models/sources/column_data_source';

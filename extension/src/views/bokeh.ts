@@ -1,6 +1,6 @@
 /** Loads BokehJS when the first plot needs it: it is a megabyte. */
 
-export type { ColumnDataSource, Figure, Range1d, Span } from './bokeh-modules';
+export type { ColumnDataSource, Figure, FigureView, Range1d, Span } from './bokeh-modules';
 
 import type * as BokehModules from './bokeh-modules';
 

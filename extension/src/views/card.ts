@@ -61,6 +61,7 @@ export abstract class Card implements View {
   private started = false;
   private paintedVersion = -1;
   private caption = '';
+  private shownCaption: string | null = null;
   private readonly stopSelection: () => void;
   protected disposed = false;
   private seen = true;
@@ -142,6 +143,7 @@ export abstract class Card implements View {
 
   setOnScreen(seen: boolean): void {
     this.seen = seen;
+    this.frame.classList.toggle('iw-unseen', !seen);
     if (seen) {
       this.onSelection();
     }
@@ -191,6 +193,10 @@ export abstract class Card implements View {
 
   protected showCaption(): void {
     const text = this.describe() ?? this.caption;
+    if (text === this.shownCaption) {
+      return;
+    }
+    this.shownCaption = text;
     setText(this.captionElement, text);
     this.captionElement.hidden = text === '';
     if (!this.readable) {

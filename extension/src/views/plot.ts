@@ -3,7 +3,7 @@
  * keys. A plot itself only says what to draw.
  */
 
-import type { Bokeh, Figure, Span } from './bokeh';
+import type { Bokeh, Figure, FigureView } from './bokeh';
 import { loadBokeh } from './bokeh';
 import { Card } from './card';
 import type { Child } from './dom';
@@ -24,7 +24,12 @@ interface Thick {
 
 export abstract class Plot extends Card {
   protected figure: Figure | null = null;
-  protected crosshair: Span | null = null;
+  private figureView: FigureView | null = null;
+  /**
+   * Not a part of Bokeh's figure: that is painted anew, all of it, whenever something in it moves, and this follows the
+   * pointer.
+   */
+  private readonly crosshair = h('div', { attrs: { 'aria-hidden': 'true' } });
   private removeFigure: () => void = () => undefined;
   private ownHeight: number | null = null;
   /** What the glyphs of the figure look like outside the projector's mode. */
@@ -81,8 +86,6 @@ export abstract class Plot extends Card {
           return;
         }
         const figure = this.build(bokeh, { tools: '', height: HEIGHT });
-        this.crosshair = new bokeh.Span({ dimension: 'height', location: null, line_width: 1.5, line_dash: 'dashed' });
-        figure.add_layout(this.crosshair);
         figure.on_event(bokeh.MouseMove, event => this.pick(event.x, event.y));
         figure.on_event(bokeh.MouseLeave, () => this.context.selection.set(null));
         this.dress(figure);
@@ -94,6 +97,7 @@ export abstract class Plot extends Card {
         this.frame.replaceChildren();
         const views = await bokeh.embed(document, this.frame);
         this.removeFigure = () => views.clear();
+        this.showFigure(views.get(figure)!);
       })
       .catch((error: unknown) => {
         const reason = error instanceof Error ? error.message : String(error);
@@ -103,11 +107,31 @@ export abstract class Plot extends Card {
       });
   }
 
+  private showFigure(view: FigureView): void {
+    this.figureView = view;
+    view.shadow_el.append(this.crosshair);
+    view.repainted.connect(() => this.placeCrosshair());
+    // Nothing of ours is drawn on it, and a canvas costs something in every frame of the page.
+    view.canvas_view.overlays.el.style.display = 'none';
+    this.placeCrosshair();
+  }
+
   protected override onSelection(): void {
-    if (this.crosshair) {
-      this.crosshair.location = this.crosshairAt();
-    }
+    this.placeCrosshair();
     super.onSelection();
+  }
+
+  private placeCrosshair(): void {
+    const { style } = this.crosshair;
+    const at = this.crosshairAt();
+    const frame = this.figureView?.frame;
+    const x = at === null || !frame ? NaN : frame.x_scale.compute(at);
+    const within = frame !== undefined && x >= frame.bbox.left && x <= frame.bbox.right;
+    style.visibility = within ? 'visible' : 'hidden';
+    if (within) {
+      style.height = `${frame.bbox.height}px`;
+      style.transform = `translate(${x}px, ${frame.bbox.top}px)`;
+    }
   }
 
   protected onArrow(key: string): boolean {
@@ -140,9 +164,11 @@ export abstract class Plot extends Card {
       grid.grid_line_color = grid.dimension === 1 ? theme.line : null;
       grid.grid_line_alpha = 0.7;
     }
-    if (this.crosshair) {
-      this.crosshair.line_color = theme.ink;
-    }
+    // Within Bokeh's shadow, where the page's style sheet does not reach.
+    this.crosshair.style.cssText =
+      `position: absolute; top: 0; left: -${projector ? 1.5 : 0.75}px; pointer-events: none; visibility: hidden; ` +
+      `border-left: ${projector ? 3 : 1.5}px dashed ${theme.ink}`;
+    this.placeCrosshair();
   }
 
   /** For a room: lines of three pixels at least, labels of 18 points, and room for both; and back. */

@@ -1,6 +1,7 @@
 /**
- * One row a request, over time: when it waited, computed its prompt, decoded, was left out or preempted. A raw canvas, so
- * that hundreds of rows stay smooth; the crosshair stands at the engine step that is pointed at.
+ * One row a request, over time: when it waited, computed its prompt, decoded, was left out or preempted. A raw canvas of
+ * what is scrolled to, so that hundreds of rows stay smooth; the crosshair over it stands at the engine step that is
+ * pointed at.
  */
 
 import type { Phase, Stretch } from '../telemetry/request-phases';
@@ -29,7 +30,15 @@ interface Row {
 
 export class RequestTimeline extends Card {
   private readonly canvas = h('canvas', { class: 'iw-grid-canvas', attrs: { 'aria-hidden': 'true' } });
-  private readonly overlay = h('canvas', { class: 'iw-grid-canvas iw-grid-overlay', attrs: { 'aria-hidden': 'true' } });
+  private readonly crosshair = h('div', { class: 'iw-timeline-crosshair' });
+  private readonly pointedRow = h('div', { class: 'iw-timeline-row' });
+  private readonly overlay = h(
+    'div',
+    { class: 'iw-grid-overlay', attrs: { 'aria-hidden': 'true' } },
+    this.crosshair,
+    this.pointedRow
+  );
+  private readonly content = h('div', { class: 'iw-grid' }, this.canvas, this.overlay);
   private readonly phases: RequestPhases;
   private readonly resized: ResizeObserver;
   private rows: Row[] = [];
@@ -37,6 +46,7 @@ export class RequestTimeline extends Card {
   private toNs = 1;
   private rowHeight = DESK.row;
   private width = 0;
+  private lit: number | null = null;
   private cursor: number | null = null;
   /** How long the newest painting took, ms. */
   paintMs = 0;
@@ -56,7 +66,8 @@ export class RequestTimeline extends Card {
     this.phases = new RequestPhases(context.store);
     this.element.classList.add('iw-wide');
     this.frame.classList.add('iw-grid-frame');
-    this.frame.replaceChildren(h('div', { class: 'iw-grid' }, this.canvas, this.overlay));
+    this.frame.replaceChildren(this.content);
+    this.frame.addEventListener('scroll', () => this.paint());
     this.overlay.addEventListener('mousemove', event => this.point(event.offsetX, event.offsetY));
     this.overlay.addEventListener('mouseleave', () => {
       this.cursor = null;
@@ -107,7 +118,11 @@ export class RequestTimeline extends Card {
 
   protected override onSelection(): void {
     super.onSelection();
-    this.paint();
+    if (this.lit !== this.context.selection.highlighted) {
+      this.paint();
+    } else {
+      this.paintOverlay();
+    }
   }
 
   protected legend(): LegendEntry[] {
@@ -287,30 +302,42 @@ export class RequestTimeline extends Card {
       return;
     }
     this.width = width;
-    const space = this.size.height - axis - 6;
+    // A pixel less than the frame, so that what fits does not scroll.
+    const height = this.size.height - 1;
+    const space = height - axis - 5;
     this.rowHeight = Math.min(this.size.row, Math.max(SMALLEST_ROW, Math.floor(space / Math.max(1, this.rows.length))));
-    const height = Math.max(space, this.rows.length * this.rowHeight) + axis;
+    const below = height - axis;
+    this.content.style.width = `${width}px`;
+    this.content.style.height = `${Math.max(below, this.rows.length * this.rowHeight) + axis}px`;
     const scale = window.devicePixelRatio || 1;
-    for (const canvas of [this.canvas, this.overlay]) {
-      if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-        canvas.width = Math.round(width * scale);
-        canvas.height = Math.round(height * scale);
-        canvas.style.width = `${width}px`;
-        canvas.style.height = `${height}px`;
-      }
-      canvas.getContext('2d')?.setTransform(scale, 0, 0, scale, 0, 0);
+    const { canvas } = this;
+    if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
+      canvas.width = Math.round(width * scale);
+      canvas.height = Math.round(height * scale);
+      canvas.style.width = `${width}px`;
+      canvas.style.height = `${height}px`;
     }
+    context.setTransform(scale, 0, 0, scale, 0, 0);
+    this.crosshair.style.borderLeftWidth = this.pointedRow.style.outlineWidth = `${this.size.line}px`;
     const { theme, selection } = this.context;
+    this.lit = selection.highlighted;
     context.clearRect(0, 0, width, height);
     this.paintAxis(context, width, height);
     const hatches = {
       diagonal: hatch(context, theme.ink, false),
       cross: hatch(context, theme.ink, true)
     };
+    context.save();
+    context.beginPath();
+    context.rect(0, 0, width, below);
+    context.clip();
+    const scrolled = this.frame.scrollTop;
+    const first = Math.floor(scrolled / this.rowHeight);
+    const last = Math.ceil((scrolled + below) / this.rowHeight);
     const perNs = (width - gutter) / Math.max(1, this.toNs - this.fromNs);
     const bar = Math.max(2, this.rowHeight - (this.rowHeight >= 6 ? 2 : this.rowHeight >= 4 ? 1 : 0));
-    this.rows.forEach(({ request, stretches }, at) => {
-      const y = at * this.rowHeight;
+    this.rows.slice(first, last).forEach(({ request, stretches }, at) => {
+      const y = (first + at) * this.rowHeight - scrolled;
       const lit = selection.highlighted === null || selection.highlighted === request.handle;
       context.globalAlpha = lit ? 1 : 0.3;
       for (const { phase, fromNs, toNs } of stretches) {
@@ -345,7 +372,7 @@ export class RequestTimeline extends Card {
         context.fillText(`#${request.handle}`, gutter - 6, y + bar / 2 + 0.5, gutter - 8);
       }
     });
-    context.globalAlpha = 1;
+    context.restore();
     this.paintOverlay();
   }
 
@@ -373,31 +400,23 @@ export class RequestTimeline extends Card {
     }
   }
 
+  /** Elements of their own: they follow the pointer, and the picture below them stays. */
   private paintOverlay(): void {
-    const context = this.overlay.getContext('2d');
-    if (!context) {
-      return;
-    }
     const { gutter } = this.size;
-    const { theme, selection, store } = this.context;
-    context.clearRect(0, 0, this.width, this.overlay.height);
+    const { selection, store } = this.context;
     const step = selection.value ? store.step(selection.value.step) : undefined;
-    if (step && step.event.end_ns >= this.fromNs) {
+    const shown = step !== undefined && step.event.end_ns >= this.fromNs && step.event.end_ns <= this.toNs;
+    this.crosshair.hidden = !shown;
+    if (shown) {
       const perNs = (this.width - gutter) / Math.max(1, this.toNs - this.fromNs);
-      const x = gutter + (step.event.end_ns - this.fromNs) * perNs;
-      context.strokeStyle = theme.ink;
-      context.lineWidth = this.size.line;
-      context.setLineDash([5, 4]);
-      context.beginPath();
-      context.moveTo(x, 0);
-      context.lineTo(x, this.overlay.height);
-      context.stroke();
-      context.setLineDash([]);
+      this.crosshair.style.transform = `translateX(${gutter + (step.event.end_ns - this.fromNs) * perNs}px)`;
     }
-    if (this.cursor !== null && this.cursor < this.rows.length) {
-      context.strokeStyle = theme.ink;
-      context.lineWidth = this.size.line;
-      context.strokeRect(gutter - 2, this.cursor * this.rowHeight - 0.5, this.width - gutter, this.rowHeight);
+    const pointed = this.cursor !== null && this.cursor < this.rows.length;
+    this.pointedRow.hidden = !pointed;
+    if (pointed) {
+      this.pointedRow.style.transform = `translate(${gutter - 2}px, ${this.cursor! * this.rowHeight}px)`;
+      this.pointedRow.style.width = `${this.width - gutter + 2}px`;
+      this.pointedRow.style.height = `${this.rowHeight}px`;
     }
   }
 }

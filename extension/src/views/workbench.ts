@@ -301,7 +301,7 @@ export class Workbench {
         }
         this.loop.requestNow();
       },
-      { rootMargin: '120px' }
+      { rootMargin: '240px' }
     );
     cards.forEach((_, element) => observer.observe(element));
     return () => observer.disconnect();
