@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from jupyterlab import JupyterLab
 from playwright.sync_api import Page, expect
 from workbench_page import (
@@ -13,10 +11,10 @@ from workbench_page import (
     finished,
     generate,
     open_panel,
+    open_widget,
     produced,
     stats,
     tables,
-    wait_ready,
     wait_tokens,
 )
 
@@ -27,34 +25,9 @@ CELLS = (
 )
 
 
-def write_notebook(lab: JupyterLab, name: str) -> None:
-    cells = [
-        {
-            "cell_type": "code",
-            "id": f"cell{at}",
-            "source": source,
-            "metadata": {},
-            "outputs": [],
-            "execution_count": None,
-        }
-        for at, source in enumerate(CELLS)
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
-    (lab.folder / "root" / name).write_text(json.dumps(content))
-
-
 def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, lab: JupyterLab) -> None:
-    write_notebook(lab, "widget.ipynb")
-    page.goto(lab.page("lab/tree/widget.ipynb", reset=""))
+    widget = open_widget(page, lab, CELLS)
     notebook = page.locator(".jp-NotebookPanel")
-    expect(notebook.locator(".jp-Toolbar-kernelName")).to_contain_text("Python 3", timeout=LOADED_MS)
-    expect(notebook.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute(
-        "data-status", "idle", timeout=LOADED_MS
-    )
-    notebook.locator(".jp-Cell").first.click()
-    page.keyboard.press("Shift+Enter")
-    widget = wait_ready(page, ".iw-widget")
     generate(widget, "story", tokens=60)
     wait_tokens(page, 5)
     # Python sets the trait; the widget's switch follows, and so does the server.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jupyterlab import JupyterLab
@@ -24,6 +26,38 @@ def open_panel(page: Page, lab: JupyterLab) -> Locator:
     open_lab(page, lab)
     page.locator(".jp-LauncherCard", has_text="Open Inference Workbench").click(timeout=LOADED_MS)
     return wait_ready(page)
+
+
+def write_notebook(lab: JupyterLab, name: str, sources: Sequence[str]) -> None:
+    """Put a notebook into the folder that JupyterLab shows."""
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"cell{at}",
+            "source": source,
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+        }
+        for at, source in enumerate(sources)
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (lab.folder / "root" / name).write_text(json.dumps(content))
+
+
+def open_widget(page: Page, lab: JupyterLab, cells: Sequence[str]) -> Locator:
+    """Open a notebook, run its first cell, and wait until the widget in it is connected to an engine that serves."""
+    write_notebook(lab, "widget.ipynb", cells)
+    page.goto(lab.page("lab/tree/widget.ipynb", reset=""))
+    notebook = page.locator(".jp-NotebookPanel")
+    expect(notebook.locator(".jp-Toolbar-kernelName")).to_contain_text("Python 3", timeout=LOADED_MS)
+    expect(notebook.locator(".jp-Notebook-ExecutionIndicator")).to_have_attribute(
+        "data-status", "idle", timeout=LOADED_MS
+    )
+    notebook.locator(".jp-Cell").first.click()
+    page.keyboard.press("Shift+Enter")
+    return wait_ready(page, ".iw-widget")
 
 
 def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
