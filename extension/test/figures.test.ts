@@ -113,6 +113,7 @@ test('a switch is judged by as many steps before it as after it, those of catchi
   // Two tokens every 15 ms of work.
   assert.ok(Math.abs(effect.before.rate - 2 / 0.015) < 1e-6);
   assert.equal(effect.after.batch, 2);
+  assert.deepEqual([effect.before.firstTokens, effect.before.ttftMs], [0, null], 'both requests began earlier');
 });
 
 test('a step stands in the roofline where its work and its time put it', () => {

@@ -6,6 +6,10 @@ import type { StepRecord, TelemetryStore } from './store';
 export interface Side {
   /** Median inter-token latency, ms; null where the steps made no second token. */
   itlMs: number | null;
+  /** Median time to first token of the requests whose first token these steps made, ms. */
+  ttftMs: number | null;
+  /** How many those are. */
+  firstTokens: number;
   /** Output tokens per second of the steps' own time: pauses without work do not count. */
   rate: number;
   /** Mean requests a step. */
@@ -67,6 +71,7 @@ function side(store: TelemetryStore, steps: readonly StepRecord[]): Side {
   const numbers = new Set(steps.map(step => step.event.step));
   const oldest = Math.min(...numbers);
   const itl: number[] = [];
+  const ttft: number[] = [];
   let tokens = 0;
   for (let at = store.tokens.length - 1; at >= 0; at--) {
     const token = store.tokens.at(at)!;
@@ -75,14 +80,14 @@ function side(store: TelemetryStore, steps: readonly StepRecord[]): Side {
     }
     if (numbers.has(token.step)) {
       tokens += 1;
-      if (token.index > 0) {
-        itl.push(token.latencyNs / 1e6);
-      }
+      (token.index > 0 ? itl : ttft).push(token.latencyNs / 1e6);
     }
   }
   const busyNs = steps.reduce((sum, { event }) => sum + event.end_ns - event.begin_ns + (event.before_ns ?? 0), 0);
   return {
     itlMs: percentile(itl, 0.5),
+    ttftMs: percentile(ttft, 0.5),
+    firstTokens: ttft.length,
     rate: tokens / (busyNs / 1e9),
     batch: steps.reduce((sum, { event }) => sum + event.request.length, 0) / steps.length
   };

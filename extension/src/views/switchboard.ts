@@ -16,6 +16,8 @@ import { describeSwitch, valueName } from './words';
 
 /** How often the effect of the newest switch is measured anew while steps come. */
 const EFFECT_EVERY_MS = 500;
+/** The times to first token of fewer requests say little. */
+const LEAST_FIRST_TOKENS = 3;
 /** As many switches can be undone. */
 const MOST_UNDONE = 50;
 
@@ -403,7 +405,13 @@ export class Switchboard implements View {
       before.itlMs !== null && after.itlMs !== null
         ? ` · ITL p50 ${significant(before.itlMs)} → ${significant(after.itlMs)} ms`
         : '';
-    return rate + itl + trans.__(' · %1 steps on either side', steps) + batches(before, after, trans);
+    const few = Math.min(before.firstTokens, after.firstTokens) < LEAST_FIRST_TOKENS;
+    const ttft =
+      few || before.ttftMs === null || after.ttftMs === null
+        ? ''
+        : ` · TTFT p50 ${significant(before.ttftMs)} → ${significant(after.ttftMs)} ms` +
+          trans.__(' (of %1 and %2 requests)', before.firstTokens, after.firstTokens);
+    return rate + ttft + itl + trans.__(' · %1 steps on either side', steps) + batches(before, after, trans);
   }
 
   private showResult(control: Control, pending: boolean): void {
