@@ -1,6 +1,6 @@
 """Takes the pictures in ``docs/images``: a real JupyterLab, the real engine, the real model (``make screenshots``).
 
-Names on the command line (teaching, panel, recording, views) take only those.
+Names on the command line (teaching, panel, recording, views, speculation) take only those.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "browser"))
 
 from chromium import FLAGS, find_chromium
 from jupyterlab import JupyterLab, running_jupyterlab
-from workbench_page import finished, generate, open_lab, open_panel, wait_ready, wait_tokens
+from workbench_page import REPETITIVE, finished, generate, open_lab, open_panel, wait_ready, wait_tokens
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -89,7 +89,7 @@ def views(browser: Browser, lab: JupyterLab) -> None:
         use_theme(page, theme)
         workbench.locator("[data-action=pause-views]").click()
         page.wait_for_timeout(1500)
-        for card in workbench.locator(".iw-plots > section").all():
+        for card in workbench.locator(".iw-plots > section:not(.iw-plot-speculation)").all():
             card.scroll_into_view_if_needed()
             page.wait_for_timeout(900)
             name = re.search(r"iw-plot-(?!card)([a-z-]+)", card.get_attribute("class") or "")
@@ -99,15 +99,51 @@ def views(browser: Browser, lab: JupyterLab) -> None:
         if theme == "light":
             workbench.locator("[data-action=projector]").click()
             figure = workbench.locator("[data-action=projected]")
-            for value in figure.locator("option").evaluate_all("all => all.map(each => each.value)"):
-                figure.select_option(value)
-                page.wait_for_timeout(1200)
-                page.locator(".iw-panel").evaluate("each => each.scrollTo(0, 1e6)")
-                page.wait_for_timeout(600)
-                page.screenshot(path=IMAGES / "views" / f"{value}-projector.png")
+            for value in figure.locator("option:not([value=speculation])").evaluate_all(
+                "all => all.map(each => each.value)"
+            ):
+                project(page, workbench, value)
             workbench.locator("[data-action=projector]").click()
         workbench.locator("[data-action=pause-views]").click()
     workbench.locator("[data-action=stop-traffic]").click()
+    page.context.close()
+
+
+def project(page: Page, workbench: Locator, figure: str) -> None:
+    """One figure on the projector, which is switched on."""
+    workbench.locator("[data-action=projected]").select_option(figure)
+    page.wait_for_timeout(1200)
+    page.locator(".iw-panel").evaluate("each => each.scrollTo(0, 1e6)")
+    page.wait_for_timeout(600)
+    page.screenshot(path=IMAGES / "views" / f"{figure}-projector.png")
+
+
+def speculation(browser: Browser, lab: JupyterLab) -> None:
+    """A text that repeats itself, plainly, then with proposals by the first layers, then by lookup."""
+    (IMAGES / "views").mkdir(exist_ok=True)
+    page = new_page(browser, 1300)
+    workbench = open_panel(page, lab)
+    adaptive = workbench.locator("[data-feature=adaptive_speculation] .iw-toggle")
+    adaptive.click()
+    for method in ("off", "early_exit", "ngram"):
+        workbench.locator("[data-feature=speculation] select").select_option(method)
+        generate(workbench, "code", tokens=90, prompt=REPETITIVE)
+        finished(workbench)
+    workbench.locator("[data-window='0']").click()
+    workbench.locator(".iw-strip [data-colouring=speculation]").click()
+    for theme in ("light", "dark"):
+        use_theme(page, theme)
+        for name in ("speculation", "strip"):
+            card = workbench.locator(f".iw-plot-{name}, .iw-{name}")
+            card.scroll_into_view_if_needed()
+            page.wait_for_timeout(1500)
+            card.screenshot(path=IMAGES / "views" / f"{'tokens' if name == 'strip' else name}-{theme}.png")
+        if theme == "light":
+            workbench.locator("[data-action=projector]").click()
+            project(page, workbench, "speculation")
+            workbench.locator("[data-action=projector]").click()
+    workbench.locator("[data-feature=speculation] select").select_option("off")
+    adaptive.click()
     page.context.close()
 
 
@@ -155,7 +191,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="iw-"))
     with running_jupyterlab(folder) as lab, sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=find_chromium(), args=FLAGS)
-        wanted = set(sys.argv[1:]) or {"teaching", "panel", "recording", "views"}
+        wanted = set(sys.argv[1:]) or {"teaching", "panel", "recording", "views", "speculation"}
         if "teaching" in wanted:
             teaching(chromium, lab)
         for theme in ("light", "dark"):
@@ -165,6 +201,8 @@ def main() -> None:
                 recording(chromium, lab, theme)
         if "views" in wanted:
             views(chromium, lab)
+        if "speculation" in wanted:
+            speculation(chromium, lab)
         chromium.close()
     shutil.rmtree(folder, ignore_errors=True)
     print(*sorted(IMAGES.glob("*.png")), sep="\n")

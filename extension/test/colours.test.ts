@@ -7,13 +7,16 @@ import {
   HEAT_LIGHT,
   LATENCY_EDGES_MS,
   latencyClass,
+  ORIGIN_DARK,
+  ORIGIN_LIGHT,
   PHASE,
   PHASE_ON_DARK
 } from '../src/views/colours';
 import { bytes, duration, magnitude, percent } from '../src/views/format';
 
-test('text on every latency colour has a contrast of at least 4.5', () => {
-  for (const { fill, ink } of [...HEAT_LIGHT, ...HEAT_DARK]) {
+test('text on every colour of tokens has a contrast of at least 4.5', () => {
+  const origins = [ORIGIN_LIGHT, ORIGIN_DARK].flatMap(each => Object.values(each));
+  for (const { fill, ink } of [...HEAT_LIGHT, ...HEAT_DARK, ...origins]) {
     assert.ok(contrast(fill, ink) >= 4.5, `${ink} on ${fill}: ${contrast(fill, ink).toFixed(2)}`);
   }
 });

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from jupyterlab import JupyterLab
 from playwright.sync_api import Browser, Locator, Page, expect
-from workbench_page import LOADED_MS, PLOTS, blocks, finished, generate, open_panel, tables
+from workbench_page import (
+    LOADED_MS,
+    PLOTS,
+    REPETITIVE,
+    blocks,
+    finished,
+    generate,
+    open_panel,
+    speculating,
+    tables,
+)
 
 from inference_workbench.recording import open_recording
 
@@ -35,6 +45,9 @@ def test_what_was_recorded_with_a_button_opens_by_a_double_click_and_shows_the_s
     record = panel.locator("[data-action=record]")
     record.click()
     expect(panel.locator(".iw-recorder")).to_have_attribute("data-state", "recording")
+    with speculating(lab):
+        generate(panel, "code", tokens=20, prompt=REPETITIVE)
+        finished(panel)
     generate(panel, "story", tokens=40, parallel=3)
     finished(panel)
     expect(panel.locator(".iw-record-state")).to_have_text(re.compile(r"^0:\d\d · [\d.,]+ [KM]iB · 1\d\d tokens$"))
@@ -44,7 +57,7 @@ def test_what_was_recorded_with_a_button_opens_by_a_double_click_and_shows_the_s
     assert file
     path = lab.folder / "root" / "recordings" / file[1]
     with open_recording(path) as recording:
-        assert recording.summary().tokens == 120
+        assert recording.summary().tokens == 140
         html = recording.to_html(tmp_path / "replay.html")
     live = tables(panel)
     cached = blocks(page)
@@ -58,7 +71,7 @@ def test_what_was_recorded_with_a_button_opens_by_a_double_click_and_shows_the_s
     replayed = tables(document)
     # The panel has seen what came before the recording too, of the tests before this one.
     for name in PLOTS:
-        assert len(replayed[name]) > (2 if name == "timeline" else 30), name
+        assert len(replayed[name]) > (2 if name in {"timeline", "speculation"} else 30), name
         assert replayed[name] == live[name][: len(replayed[name])], name
     assert blocks(page) == cached
     expect(document.locator("[data-feature=kv_cache] .iw-toggle")).to_be_disabled()
@@ -70,7 +83,7 @@ def test_what_was_recorded_with_a_button_opens_by_a_double_click_and_shows_the_s
     document.locator("[data-action=play]").click()
     expect(document.locator("[data-action=play]")).to_have_attribute("data-playing", "true")
     expect(document.locator("[data-action=play]")).to_have_attribute("data-playing", "false", timeout=30_000)
-    expect(document.locator(".iw-place")).to_contain_text("120 tokens")
+    expect(document.locator(".iw-place")).to_contain_text("140 tokens")
     assert tables(document) == replayed
 
     # So does the HTML file, without JupyterLab.

@@ -10,7 +10,18 @@ import httpx
 import pytest
 from jupyterlab import ROOT, JupyterLab
 from playwright.sync_api import Locator, Page, expect
-from workbench_page import READY_MS, finished, generate, open_lab, open_panel, wait_ready, wait_tokens
+from prometheus_client.parser import text_string_to_metric_families
+from workbench_page import (
+    READY_MS,
+    REPETITIVE,
+    finished,
+    generate,
+    open_lab,
+    open_panel,
+    speculating,
+    wait_ready,
+    wait_tokens,
+)
 
 AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 
@@ -95,6 +106,120 @@ def test_requests_blocks_latencies_and_money_are_those_of_the_server(page: Page,
     output = next(row for row in priced if "decode" in row[0])
     assert int(output[3].replace(",", "")) == page.evaluate("window.inferenceWorkbench.store().tokens.length")
     expect(card(workbench, "memory").locator(".iw-caption")).to_contain_text("weights")
+
+
+def proposed(lab: JupyterLab) -> dict[str, float]:
+    """The server's own counts of speculation: all drafts, and by place."""
+    text = httpx.get(f"{lab.workbench}metrics", headers=lab.headers, timeout=30).text
+    return {
+        sample.name.removeprefix("vllm:spec_decode_num_") + sample.labels.get("position", ""): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "spec_decode" in sample.name and sample.name.endswith("_total")
+    }
+
+
+def places(shown: Locator) -> dict[int, list[str]]:
+    """Acceptance by place: share, share if all before were accepted, proposed, accepted."""
+    found = shown.locator("[data-table=acceptance] tbody tr").evaluate_all(
+        "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    return {int(row[0]): row[1:] for row in found}
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+# The newest request: how each token came about, and what was rejected in the step of a correction.
+ORIGINS = """() => {
+  const store = window.inferenceWorkbench.store();
+  const newest = [...store.requests.values()].sort((a, b) => b.handle - a.handle)[0];
+  const names = ['plain', 'accepted', 'corrected', 'bonus'];
+  return newest.tokens.map(token => {
+    const { request, drafted = [], accepted = [] } = store.step(token.step).event;
+    const at = request.indexOf(token.request);
+    return [names[token.origin], token.origin === 2 ? String(drafted[at] - accepted[at]) : null];
+  });
+}"""
+
+
+def test_speculation_is_shown_as_the_server_counts_it(page: Page, lab: JupyterLab) -> None:
+    workbench = open_panel(page, lab)
+    strip = workbench.locator(".iw-strip")
+    by_speculation = strip.locator("[data-colouring=speculation]")
+    expect(strip.locator("[data-colouring=latency]")).to_have_attribute("aria-pressed", "true")
+    # As many as the strip shows, so that no row is of a test before this one.
+    generate(workbench, "story", tokens=6, parallel=3)
+    finished(workbench)
+    by_speculation.press("Enter")
+    expect(by_speculation).to_have_attribute("aria-pressed", "true")
+    expect(strip.locator(".iw-hint[role=status]")).to_contain_text("speculation is off")
+    expect(strip.locator(".iw-legend")).to_contain_text("corrected")
+
+    workbench.locator("[data-window='0']").click()
+    shown = card(workbench, "speculation")
+    page.wait_for_timeout(1000)  # a figure that comes into view is painted within half a second
+    earlier, counted = places(shown), proposed(lab)
+    last = page.evaluate("window.inferenceWorkbench.store().steps.at(-1).event.step")
+    with speculating(lab):
+        generate(workbench, "code", tokens=60, prompt=REPETITIVE)
+        finished(workbench)
+    new = {name: value - counted[name] for name, value in proposed(lab).items()}
+    assert new["accepted_tokens_total"] > 4
+    assert new["draft_tokens_total"] > new["accepted_tokens_total"]
+
+    # The figure's tables say what the counters say.
+    expect(shown.locator(".iw-caption")).to_contain_text("proposed tokens accepted")
+    page.wait_for_timeout(1000)
+    steps = [row for row in rows(shown) if number(row[0]) > last]
+    assert {row[1] for row in steps} == {"ngram"}
+    for column, name in ((2, "drafts"), (3, "draft_tokens"), (4, "accepted_tokens")):
+        assert sum(number(row[column]) for row in steps) == new[f"{name}_total"], name
+    now = places(shown)
+    nothing = ["", "", "0", "0"]
+    for place, row in now.items():
+        before = earlier.get(place, nothing)
+        assert number(row[3]) - number(before[3]) == new[f"accepted_tokens_per_pos_total{place - 1}"], place
+        share = float(row[0].removeprefix("< ").removesuffix(" %")) / 100
+        assert share == pytest.approx(number(row[3]) / number(now[1][2]), abs=0.006)
+    assert (
+        sum(number(row[2]) for row in now.values()) - sum(number(row[2]) for row in earlier.values())
+        == (new["draft_tokens_total"])
+    )
+    worth = shown.locator("[data-table=proposers] tbody tr td").all_inner_texts()
+    assert worth[0] == "ngram"
+    assert float(worth[1]) == pytest.approx(
+        1 + sum(number(row[3]) for row in now.values()) / number(now[1][2]), abs=0.006
+    )
+    assert re.match(r"[\d.,]+ (ms|s)$", worth[4])
+    assert re.match(r"\d+ steps[,;]", worth[7])
+
+    # Each token is marked as it came about, with what was thrown away for it.
+    told = page.evaluate(ORIGINS)
+    spans = strip.locator(".iw-row").first.locator(".iw-row-text .iw-token")
+    marks = spans.evaluate_all(
+        "all => all.map(each => [/iw-origin-(\\w+)/.exec(each.className)[1], each.dataset.rejected ?? null])"
+    )
+    assert marks == told
+    names = [name for name, _ in told]
+    assert names.count("accepted") == new["accepted_tokens_total"]
+    assert "plain" in names
+    assert not {"corrected", "bonus"}.isdisjoint(names)
+    expect(strip.locator(".iw-hint[role=status]")).to_be_hidden()
+    row = strip.locator(".iw-row-text").first
+    row.focus()
+    row.press("Home")
+    for _ in range(names.index("accepted")):
+        row.press("ArrowRight")
+    expect(strip.locator(".iw-details")).to_contain_text(re.compile(r"accepted, 1st of \d+ proposed in step \d+"))
+    step = re.search(r"proposed in step (\d+)", strip.locator(".iw-details").inner_text())
+    assert step
+    expect(shown.locator(".iw-caption")).to_contain_text(f"step {step[1]}: ngram proposed")
+
+    # The choice of colours outlasts the page.
+    workbench = open_panel(page, lab)
+    expect(workbench.locator(".iw-strip [data-colouring=speculation]")).to_have_attribute("aria-pressed", "true")
 
 
 def test_the_whole_switchboard_works_by_keyboard_with_presets_undo_and_effect(page: Page, lab: JupyterLab) -> None:
@@ -296,6 +421,12 @@ def test_nobody_is_kept_out(page: Page, lab: JupyterLab, theme: str) -> None:
     generate(workbench, "story", tokens=16, parallel=2)
     finished(workbench)
     workbench.locator(".iw-row-text .iw-token").nth(3).click()
+    assert serious(page, ".iw-workbench") == []
+    with speculating(lab):
+        generate(workbench, "code", tokens=24, prompt=REPETITIVE)
+        finished(workbench)
+    workbench.locator(".iw-strip [data-colouring=speculation]").click()
+    expect(card(workbench, "speculation").locator("[data-table=acceptance] tbody tr").first).to_be_visible()
     assert serious(page, ".iw-workbench") == []
     for each in workbench.locator(".iw-table-button").all():
         each.click()

@@ -7,12 +7,14 @@ from playwright.sync_api import Page, expect
 from workbench_page import (
     LOADED_MS,
     PLOTS,
+    REPETITIVE,
     blocks,
     finished,
     generate,
     open_panel,
     open_widget,
     produced,
+    speculating,
     stats,
     tables,
     wait_tokens,
@@ -45,6 +47,9 @@ def test_a_widget_in_a_notebook_streams_and_its_switches_are_traits(page: Page, 
     expect(widget.locator(".iw-recorder")).to_have_attribute("data-state", "recording")
     generate(widget, "story", tokens=6)
     finished(widget)
+    with speculating(lab):
+        generate(widget, "code", tokens=20, prompt=REPETITIVE)
+        finished(widget)
     widget.locator("[data-action=record]").click()
     expect(widget.locator(".iw-recorder")).to_have_attribute("data-state", "finished", timeout=30_000)
     expect(widget.locator(".iw-plot-attribution .iw-caption")).to_contain_text("unexplained")

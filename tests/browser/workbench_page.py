@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import httpx
 from jupyterlab import JupyterLab
 from playwright.sync_api import Locator, Page, expect
 
+REPETITIVE = " ".join(
+    f"The cat {verb} on the mat. The dog {verb} on the log." for verb in ("sat", "slept", "sat", "sang")
+)
+"""A text that goes on as it has gone on so far: what looks up earlier words proposes much of it."""
 LOADED_MS = 60_000
 READY_MS = 120_000
 
@@ -69,17 +75,39 @@ def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
     return workbench
 
 
-def generate(workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None) -> None:
-    """Choose a preset, change its length, press Generate, and wait until the request is there."""
+def generate(
+    workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None, prompt: str | None = None
+) -> None:
+    """Choose a preset, change its length (and text), press Generate, and wait until the request is there."""
     rows = workbench.locator(".iw-row")
     newest = rows.first.get_attribute("data-request") if rows.count() else "none"
     workbench.locator(f"[data-preset={preset}]").click()
     numbers = workbench.locator(".iw-prompt .iw-number")
     numbers.nth(0).fill(str(tokens))
+    if prompt is not None:
+        workbench.locator(".iw-prompt-text").fill(prompt)
     if parallel is not None:
         numbers.nth(2).fill(str(parallel))
     workbench.locator("[data-action=generate]").click()
     expect(rows.first).not_to_have_attribute("data-request", newest or "none", timeout=READY_MS)
+
+
+@contextmanager
+def switched(lab: JupyterLab, **values: Any) -> Iterator[None]:
+    """Switch features at the server, and switch them back at the end."""
+    address, headers = f"{lab.workbench}features", lab.headers
+    before = httpx.get(address, headers=headers, timeout=30).json()["values"]
+    httpx.patch(address, headers=headers, json=values, timeout=60).raise_for_status()
+    try:
+        yield
+    finally:
+        old = {name: before[name] for name in values}
+        httpx.patch(address, headers=headers, json=old, timeout=60).raise_for_status()
+
+
+def speculating(lab: JupyterLab) -> AbstractContextManager[None]:
+    """Always propose what followed the same words before."""
+    return switched(lab, speculation="ngram", adaptive_speculation=False)
 
 
 def finished(workbench: Locator, timeout_s: float = 120) -> None:
@@ -117,7 +145,7 @@ def slope_of(caption: str, label: str) -> float:
     return float(slopes[-1].replace("−", "-").replace(",", ""))
 
 
-PLOTS = ("latency", "attribution", "batch", "kv", "timeline", "roofline")
+PLOTS = ("latency", "attribution", "batch", "speculation", "kv", "timeline", "roofline")
 NOTHING = "0.0 µs"
 BLOCKS = """() => {
   const { kv } = window.inferenceWorkbench.store();
@@ -140,9 +168,10 @@ def tables(view: Locator) -> dict[str, list[dict[str, str]]]:
         card.scroll_into_view_if_needed()
         button = card.locator(".iw-table-button")
         button.click()
-        card.locator("table tbody tr").first.wait_for()
+        table = card.locator(".iw-table-holder table")
+        table.locator("tbody tr").first.wait_for()
         view.page.wait_for_timeout(250)
-        head, *rows = card.locator("table tr").evaluate_all(
+        head, *rows = table.locator("tr").evaluate_all(
             "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
         )
         found[name] = [

@@ -99,7 +99,8 @@ export function prices(made: Production, perHour: number): Prices {
   };
 }
 
-function timeOf({ event }: StepRecord): number {
+/** What a step and the work before it took, ns. */
+export function timeOf({ event }: StepRecord): number {
   return event.end_ns - event.begin_ns + (event.before_ns ?? 0);
 }
 

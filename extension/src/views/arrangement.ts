@@ -12,7 +12,7 @@ export const LAYOUTS: readonly LayoutName[] = ['all', 'teach', 'profile', 'memor
 
 const FIGURES: Record<Exclude<LayoutName, 'all'>, readonly string[]> = {
   teach: ['latency', 'batch', 'kv-map', 'events'],
-  profile: ['timeline', 'attribution', 'roofline', 'histogram', 'batch', 'events'],
+  profile: ['timeline', 'attribution', 'roofline', 'histogram', 'batch', 'speculation', 'events'],
   memory: ['kv-map', 'kv', 'memory', 'timeline', 'events'],
   money: ['economy', 'histogram', 'batch', 'roofline']
 };

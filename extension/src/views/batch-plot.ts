@@ -18,6 +18,8 @@ export class BatchPlot extends StepPlot {
   private readonly sources = new Map<Kind, ColumnDataSource>();
   private glyphs: { kind: Kind; paint: (colour: string, line: string) => void }[] = [];
   private budget: Span | null = null;
+  /** Of {@link RARE}, those that are in view. */
+  private rare: readonly Kind[] = [];
 
   constructor(context: ViewContext) {
     const { trans } = context;
@@ -26,7 +28,7 @@ export class BatchPlot extends StepPlot {
       'batch',
       trans.__('Batch composition per step'),
       trans.__(
-        'Token positions that each engine step computed, summed over its requests. Prefill: prompt positions, many at once. Decode: one new position per request. Recompute: positions computed before and thrown away. The dashed line is the token budget of a step.'
+        'Token positions that each engine step computed, summed over its requests. Prefill: prompt positions, many at once. Decode: one new position per request. Verify: that one and those of the tokens proposed for it. Recompute: positions computed before and thrown away. The dashed line is the token budget of a step.'
       )
     );
   }
@@ -89,6 +91,11 @@ export class BatchPlot extends StepPlot {
       });
       this.sources.get(kind)!.data = data;
     }
+    const rare = RARE.filter(kind => this.shown.some(step => step.byKind[kind] > 0));
+    if (rare.join() !== this.rare.join()) {
+      this.rare = rare;
+      this.drawLegend();
+    }
     const highest = Math.max(1, ...bottoms);
     const limit = store.features?.values['max_num_batched_tokens'];
     const inView = typeof limit === 'number' && limit <= highest * 3;
@@ -109,7 +116,7 @@ export class BatchPlot extends StepPlot {
 
   protected legend(): LegendEntry[] {
     const { theme, trans } = this.context;
-    return [Kind.Prefill, Kind.Decode, Kind.Recompute]
+    return [Kind.Prefill, Kind.Decode, ...this.rare, Kind.Recompute]
       .map((kind): LegendEntry => ({
         colour: kindColour(kind, theme.dark),
         text: kindName(kind, trans),
@@ -127,6 +134,7 @@ export class BatchPlot extends StepPlot {
         trans.__('requests'),
         trans.__('prefill'),
         trans.__('decode'),
+        trans.__('verify'),
         trans.__('recompute'),
         trans.__('step time'),
         trans.__('forward')
@@ -137,6 +145,7 @@ export class BatchPlot extends StepPlot {
         step.event.request.length,
         step.byKind[Kind.Prefill],
         step.byKind[Kind.Decode],
+        step.byKind[Kind.Verify],
         step.byKind[Kind.Recompute],
         this.stepTime(step),
         duration(step.event.forward_ns)

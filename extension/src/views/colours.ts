@@ -1,6 +1,6 @@
 /** The project's colours: one per phase (Okabe–Ito based), and the latency heat of tokens. */
 
-import { Kind } from '../telemetry/protocol';
+import { Kind, Origin } from '../telemetry/protocol';
 
 export const PHASE = {
   queued: '#D9D9D9',
@@ -81,6 +81,28 @@ export const HEAT_DARK: readonly Shade[] = [
   { fill: '#F6B040', ink: '#17120A' },
   { fill: '#FFE0A3', ink: '#17120A' }
 ];
+
+/** How a token came about: {@link Origin}, in words that CSS uses. */
+export type OriginLook = 'plain' | 'accepted' | 'corrected' | 'bonus';
+export const ORIGIN_LOOKS: Record<Origin, OriginLook> = {
+  [Origin.Plain]: 'plain',
+  [Origin.Accepted]: 'accepted',
+  [Origin.Corrected]: 'corrected',
+  [Origin.Bonus]: 'bonus'
+};
+
+/** What was proposed and accepted in its phase's colour, a correction pale with a border; a plain token has the ground's. */
+export const ORIGIN_LIGHT: Record<Exclude<OriginLook, 'plain'> | 'rejected', Shade> = {
+  accepted: { fill: PHASE.accepted, ink: '#0B0F0D' },
+  bonus: { fill: PHASE.accepted, ink: '#0B0F0D' },
+  corrected: { fill: '#FBE3D3', ink: '#1F1A12' },
+  rejected: { fill: PHASE.rejected, ink: '#17120A' }
+};
+
+export const ORIGIN_DARK: typeof ORIGIN_LIGHT = {
+  ...ORIGIN_LIGHT,
+  corrected: { fill: '#4A2410', ink: '#FFE9DC' }
+};
 
 /** WCAG contrast ratio of two `#RRGGBB` colours. */
 export function contrast(first: string, second: string): number {

@@ -7,10 +7,11 @@ import { Card } from './card';
 import { PHASE, PHASE_ON_DARK } from './colours';
 import { h, setText } from './dom';
 import { count, duration, percent, significant } from './format';
+import { keep, kept } from './kept';
 import type { ViewContext } from './view';
 
-/** Where a page keeps the price that was typed last. */
-const KEPT = 'inference-workbench:dollars-per-hour';
+/** The price that was typed last. */
+const KEPT = 'dollars-per-hour';
 
 type Share = 'decode' | 'prefill' | 'recompute' | 'idle';
 const SHARES: readonly Share[] = ['prefill', 'decode', 'recompute', 'idle'];
@@ -28,10 +29,10 @@ export class Economy extends Card {
     const { trans } = context;
     const price = h('input', {
       class: 'iw-number iw-price',
-      attrs: { type: 'number', min: 0, step: 'any', placeholder: '–', value: kept(), 'data-figure': 'price' },
+      attrs: { type: 'number', min: 0, step: 'any', placeholder: '–', value: kept(KEPT), 'data-figure': 'price' },
       on: {
         input: () => {
-          keep(price.value);
+          keep(KEPT, price.value);
           this.repaint();
         }
       }
@@ -226,20 +227,4 @@ function ratio(made: Production | null): string {
   }
   const { perMillionInput, perMillionOutput } = prices(made, 1);
   return perMillionInput && perMillionOutput ? significant(perMillionOutput / perMillionInput) : '–';
-}
-
-function kept(): string {
-  try {
-    return localStorage.getItem(KEPT) ?? '';
-  } catch {
-    return ''; // a page without storage: a file, a sandbox
-  }
-}
-
-function keep(value: string): void {
-  try {
-    localStorage.setItem(KEPT, value);
-  } catch {
-    // It is asked again next time.
-  }
 }

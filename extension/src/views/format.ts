@@ -60,3 +60,11 @@ export function percent(share: number): string {
   const value = share * 100;
   return `${value === 0 ? '0' : value < 0.1 ? '< 0.1' : value < 10 ? value.toFixed(1) : value.toFixed(0)} %`;
 }
+
+const ORDINALS = new Intl.PluralRules('en', { type: 'ordinal' });
+const ENDINGS: Partial<Record<Intl.LDMLPluralRule, string>> = { one: 'st', two: 'nd', few: 'rd' };
+
+/** "1st", "2nd", "13th". */
+export function ordinal(value: number): string {
+  return `${value}${ENDINGS[ORDINALS.select(value)] ?? 'th'}`;
+}

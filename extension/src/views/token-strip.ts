@@ -1,22 +1,40 @@
 /**
- * The text as it is generated, each token on the colour (and with a bar of the height) of its latency. One row a
- * request. A token pointed at, or reached by the arrow keys, is described in the line below.
+ * The text as it is generated, each token on the colour (and with a bar of the height) of its latency, or coloured by how
+ * it came about where tokens are proposed ahead. One row a request. A token pointed at, or reached by the arrow keys, is described in the line below.
  */
 
+import { Origin } from '../telemetry/protocol';
+import { gapsOf, proposalBehind } from '../telemetry/speculation';
 import type { RequestRecord, TokenRecord } from '../telemetry/store';
 import { isActive } from '../telemetry/store';
 import { percentile } from '../telemetry/statistics';
-import { HEAT_DARK, HEAT_LIGHT, LATENCY_EDGES_MS, latencyClass } from './colours';
+import {
+  HEAT_DARK,
+  HEAT_LIGHT,
+  LATENCY_EDGES_MS,
+  latencyClass,
+  ORIGIN_DARK,
+  ORIGIN_LIGHT,
+  ORIGIN_LOOKS
+} from './colours';
 import { h, setText, uniqueId } from './dom';
 import { duration } from './format';
+import { keep, kept } from './kept';
 import type { View, ViewContext } from './view';
-import { changes, firstSentence, kindName } from './words';
+import { changes, firstSentence, kindName, nothingProposed, provenance } from './words';
 
 const MAX_ROWS = 8;
 /** Older tokens of a row are folded away: thousands of elements would slow the page. */
 const MAX_TOKENS = 800;
 /** As many as a row shows without scrolling: enough for whoever hurries past. */
 const HURRIED_TOKENS = 40;
+
+/** The latency that a row gives is of so many. */
+const RECENT_TOKENS = 64;
+
+type Colouring = 'latency' | 'speculation';
+/** The colouring that was chosen last. */
+const KEPT = 'token-colours';
 
 interface Row {
   handle: number;
@@ -37,6 +55,10 @@ interface Row {
   generation: number;
   /** Drawn in a hurry: it lacks tokens that belong to it. */
   partial: boolean;
+  /** Some token of it was proposed, or stands where one was. */
+  speculated: boolean;
+  /** Corrections whose step is not known yet, and with it how much was rejected. */
+  uncounted: { span: HTMLElement; token: TokenRecord }[];
 }
 
 export class TokenStrip implements View {
@@ -46,6 +68,10 @@ export class TokenStrip implements View {
   private readonly legend = h('div', { class: 'iw-legend' });
   private readonly details: HTMLElement;
   private readonly empty: HTMLElement;
+  /** Why nothing is coloured by speculation. */
+  private readonly unproposed = h('p', { class: 'iw-hint', attrs: { role: 'status', hidden: true } });
+  private readonly buttons: Record<Colouring, HTMLButtonElement>;
+  private colouring: Colouring = kept(KEPT) === 'speculation' ? 'speculation' : 'latency';
   private readonly more = h('p', { class: 'iw-hint', attrs: { hidden: true } });
   private pointed: HTMLElement | null = null;
   private pinned: HTMLElement | null = null;
@@ -62,28 +88,94 @@ export class TokenStrip implements View {
     this.rowsElement = h('div', { class: 'iw-strip-rows' });
     this.details = h('p', { class: 'iw-details', attrs: { 'aria-live': 'polite' } });
     this.setDetails(null);
+    const button = (colouring: Colouring, text: string) =>
+      h('button', {
+        class: 'iw-window',
+        text,
+        attrs: { type: 'button', 'data-colouring': colouring },
+        on: {
+          click: () => {
+            keep(KEPT, colouring);
+            this.colourBy(colouring);
+          }
+        }
+      });
+    this.buttons = {
+      latency: button('latency', trans.__('by latency')),
+      speculation: button('speculation', trans.__('by speculation'))
+    };
     this.element = h(
       'section',
       { class: 'iw-card iw-strip', attrs: { 'aria-label': trans.__('Generated tokens') } },
-      h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Tokens by latency') }), this.legend),
+      h(
+        'div',
+        { class: 'iw-card-head' },
+        h('h3', { text: trans.__('Tokens') }),
+        h(
+          'span',
+          { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('Colours of the tokens') } },
+          this.buttons.latency,
+          this.buttons.speculation
+        ),
+        this.legend
+      ),
       this.empty,
+      this.unproposed,
       this.rowsElement,
       this.more,
       this.details
     );
+    this.colourBy(this.colouring);
     this.restyle();
     this.stopSelection = context.selection.onChange(() => this.showSelection());
   }
 
   restyle(): void {
-    const { trans, theme } = this.context;
+    const { theme } = this.context;
     const heat = theme.dark ? HEAT_DARK : HEAT_LIGHT;
     heat.forEach((shade, index) => {
       this.element.style.setProperty(`--iw-heat-${index}`, shade.fill);
       this.element.style.setProperty(`--iw-heat-ink-${index}`, shade.ink);
     });
+    for (const [look, shade] of Object.entries(theme.dark ? ORIGIN_DARK : ORIGIN_LIGHT)) {
+      this.element.style.setProperty(`--iw-origin-${look}`, shade.fill);
+      this.element.style.setProperty(`--iw-origin-ink-${look}`, shade.ink);
+    }
+  }
+
+  /** What a token's colour says from now on. */
+  private colourBy(colouring: Colouring): void {
+    this.colouring = colouring;
+    this.element.dataset.colouredBy = colouring;
+    for (const [each, button] of Object.entries(this.buttons)) {
+      button.setAttribute('aria-pressed', String(each === colouring));
+    }
+    this.drawLegend();
+    this.sayUnproposed();
+    this.showSelection();
+  }
+
+  private drawLegend(): void {
+    const { trans } = this.context;
+    if (this.colouring === 'speculation') {
+      const entry = (look: string, text: string, title: string) =>
+        h('span', { class: `iw-token iw-origin-${look}`, text, title });
+      this.legend.replaceChildren(
+        entry('plain', trans.__('plain'), trans.__('The model’s choice where nothing was proposed')),
+        entry('accepted', trans.__('accepted'), trans.__('Proposed, and what the model chose too')),
+        entry('bonus', trans.__('bonus'), trans.__('The model’s choice after everything proposed was accepted')),
+        entry('corrected', trans.__('corrected'), trans.__('The model’s choice in place of a proposed token')),
+        h('span', {
+          class: 'iw-rejected',
+          text: '2',
+          attrs: { 'aria-hidden': 'true' }
+        }),
+        h('span', { text: trans.__('so many proposed were rejected') })
+      );
+      return;
+    }
     this.legend.replaceChildren(
-      ...heat.map((_, index) => {
+      ...HEAT_LIGHT.map((_, index) => {
         const text =
           index < LATENCY_EDGES_MS.length
             ? trans.__('≤ %1', LATENCY_EDGES_MS[index])
@@ -135,6 +227,7 @@ export class TokenStrip implements View {
       }
       row.grown = false;
     }
+    this.sayUnproposed();
     this.rowsElement.classList.toggle('iw-many', shown.length > 2);
     const hidden = [...store.requests.values()].filter(isActive).length - shown.filter(isActive).length;
     this.more.hidden = hidden <= 0;
@@ -143,6 +236,14 @@ export class TokenStrip implements View {
 
   dispose(): void {
     this.stopSelection();
+  }
+
+  private sayUnproposed(): void {
+    const rows = [...this.rows.values()];
+    const nothing =
+      this.colouring === 'speculation' && rows.some(row => row.spans.length > 0) && !rows.some(row => row.speculated);
+    setText(this.unproposed, nothing ? nothingProposed(this.context) : '');
+    this.unproposed.hidden = !nothing;
   }
 
   /** What runs, and those that came together with the newest; then the most recent ended ones, up to three in all. */
@@ -193,7 +294,9 @@ export class TokenStrip implements View {
       follow: true,
       grown: false,
       generation: this.context.store.generation,
-      partial: false
+      partial: false,
+      speculated: false,
+      uncounted: []
     };
     text.addEventListener('mouseover', event => {
       const span = (event.target as HTMLElement).closest<HTMLElement>('.iw-token');
@@ -264,9 +367,14 @@ export class TokenStrip implements View {
       const span = tokenSpan(token);
       row.spans.push(span);
       row.tokens.push(token);
+      row.speculated ||= token.origin !== Origin.Plain;
+      if (token.origin === Origin.Corrected) {
+        row.uncounted.push({ span, token });
+      }
       fragment.append(span);
       row.next = token.index + 1;
     }
+    row.uncounted = row.uncounted.filter(({ span, token }) => !this.countRejected(span, token));
     if (fragment.childNodes.length > 0) {
       row.text.append(fragment);
       const excess = row.spans.length - (row.partial ? HURRIED_TOKENS : MAX_TOKENS);
@@ -278,6 +386,16 @@ export class TokenStrip implements View {
       }
       row.grown = true;
     }
+  }
+
+  /** Say at a correction how many proposed tokens were thrown away for it; false while that is not known. */
+  private countRejected(span: HTMLElement, token: TokenRecord): boolean {
+    const proposal = proposalBehind(this.context.store, token);
+    if (proposal === null) {
+      return false;
+    }
+    span.dataset.rejected = String(proposal.drafted - proposal.accepted);
+    return true;
   }
 
   private facts(request: RequestRecord): string {
@@ -306,15 +424,25 @@ export class TokenStrip implements View {
     if (first?.index === 0) {
       parts.push(`TTFT ${duration(first.latencyNs)}`);
     }
-    const recent = tokens
-      .slice(-64)
-      .filter(each => each.index > 0)
-      .map(each => each.latencyNs);
-    const median = percentile(recent, 0.5);
-    if (median !== null) {
-      parts.push(`ITL ${duration(median)}`);
-    }
+    parts.push(...this.gaps(tokens.slice(-RECENT_TOKENS)));
     return parts.join(' · ');
+  }
+
+  /** How long the newest tokens took; where steps said several, a step and a token apart: most of the latter came at once. */
+  private gaps(recent: readonly TokenRecord[]): string[] {
+    const { trans } = this.context;
+    const later = recent.filter(each => each.index > 0);
+    if (!later.some(each => each.origin === Origin.Accepted)) {
+      const median = percentile(
+        later.map(each => each.latencyNs),
+        0.5
+      );
+      return median === null ? [] : [`ITL ${duration(median)}`];
+    }
+    const gaps = gapsOf(later);
+    return gaps === null
+      ? []
+      : [trans.__('%1 a step, %2 a token (means)', duration(gaps.stepNs), duration(gaps.tokenNs))];
   }
 
   private switchMark(epoch: number): HTMLElement {
@@ -397,6 +525,9 @@ export class TokenStrip implements View {
     if (token.kind !== null) {
       parts.push(kindName(token.kind, trans));
     }
+    if (token.origin !== Origin.Plain || this.colouring === 'speculation') {
+      parts.push(provenance(store, token, trans));
+    }
     if (token.logprob !== null) {
       parts.push(trans.__('probability %1 %', (Math.exp(token.logprob) * 100).toFixed(1)));
     }
@@ -417,11 +548,15 @@ function cutBack(row: Row, first: number, newest: number): void {
   const last = row.tokens.at(-1);
   row.next = last ? last.index + 1 : row.folded.hidden ? first : Infinity;
   row.lastEpoch = last?.epoch ?? null;
+  row.speculated = row.tokens.some(token => token.origin !== Origin.Plain);
 }
 
 function tokenSpan(token: TokenRecord): HTMLElement {
   const look = token.index === 0 ? 'iw-first' : `iw-heat-${latencyClass(token.latencyNs / 1e6)}`;
-  return h('span', { class: `iw-token ${look}`, text: token.text === '' ? '·' : token.text });
+  return h('span', {
+    class: `iw-token ${look} iw-origin-${ORIGIN_LOOKS[token.origin]}`,
+    text: token.text === '' ? '·' : token.text
+  });
 }
 
 function visible(text: string): string {

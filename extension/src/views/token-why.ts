@@ -1,14 +1,14 @@
 /** "Why did this token take 43 ms?": the parts of the pinned token's latency as a bar and as a table. */
 
 import type { Part } from '../telemetry/protocol';
-import { Kind, PARTS } from '../telemetry/protocol';
+import { Kind, Origin, PARTS } from '../telemetry/protocol';
 import type { TokenRecord } from '../telemetry/store';
 import { measuredBadge } from './badge';
 import { h, setText } from './dom';
 import { count, duration, percent } from './format';
 import { largestPart, partLook, partMeaning, partName } from './parts';
 import type { View, ViewContext } from './view';
-import { kindName } from './words';
+import { kindName, provenance } from './words';
 
 export class TokenWhy implements View {
   readonly element: HTMLElement;
@@ -185,6 +185,9 @@ export class TokenWhy implements View {
         .map(kind => `${count(step.byKind[kind])} ${kindName(kind, trans)}`)
         .join(' + ');
       said.push(trans.__('its step computed %1 for %2 requests', work, step.event.request.length));
+    }
+    if (token.origin !== Origin.Plain) {
+      said.push(provenance(store, token, trans));
     }
     if (token.parts !== null) {
       said.push(trans.__('most of the time: %1', partName(largestPart(token.parts), trans)));

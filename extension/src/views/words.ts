@@ -1,9 +1,12 @@
 /** Sentences that several views say: about switches, requests and the engine. */
 
 import type { EngineEvent, FeaturesEvent, FeatureValue, RecordingEvent, RequestEvent } from '../telemetry/protocol';
-import { Kind } from '../telemetry/protocol';
-import { bytes, count, duration } from './format';
+import { Kind, Origin } from '../telemetry/protocol';
+import { proposalBehind } from '../telemetry/speculation';
+import type { TelemetryStore, TokenRecord } from '../telemetry/store';
+import { bytes, count, duration, ordinal } from './format';
 import type { Translation } from './translation';
+import type { ViewContext } from './view';
 
 /** "on", "off", or the value itself. */
 export function valueName(value: FeatureValue | undefined, trans: Translation): string {
@@ -109,4 +112,56 @@ export function kindName(kind: Kind, trans: Translation): string {
 export function firstSentence(text: string): string {
   const end = /\.(\s|$)/.exec(text);
   return end ? text.slice(0, end.index + 1) : text;
+}
+
+/** "accepted, 2nd of 4 proposed in step 118": how a token came about. */
+export function provenance(store: TelemetryStore, token: TokenRecord, trans: Translation): string {
+  const proposal = proposalBehind(store, token);
+  const { step } = token;
+  if (proposal === null || token.origin === Origin.Plain) {
+    const alone: Record<Origin, string> = {
+      [Origin.Plain]: trans.__('plain: nothing was proposed in its place'),
+      [Origin.Accepted]: trans.__('accepted'),
+      [Origin.Corrected]: trans.__('corrected'),
+      [Origin.Bonus]: trans.__('bonus')
+    };
+    return alone[token.origin];
+  }
+  const { drafted, accepted, place } = proposal;
+  switch (token.origin) {
+    case Origin.Accepted:
+      return trans.__('accepted, %1 of %2 proposed in step %3', ordinal(place), drafted, step);
+    case Origin.Bonus:
+      return trans.__('bonus: the model’s own after all %1 proposed in step %2 were accepted', drafted, step);
+    default:
+      return trans.__(
+        'corrected: the model’s own in place of the %1 of %2 proposed in step %3; %4 rejected',
+        ordinal(accepted + 1),
+        drafted,
+        step,
+        drafted - accepted
+      );
+  }
+}
+
+/** Why there is no proposed token to be seen. */
+export function nothingProposed({ store, connection, trans }: ViewContext): string {
+  const method = store.features?.values['speculation'];
+  if (connection.readOnly) {
+    return trans.__('No token was proposed here: nothing of this recording that is in view was speculation.');
+  }
+  if (method === undefined || method === 'off') {
+    return trans.__(
+      'No token was proposed here: speculation is off. Choose who proposes at the switch “%1”.',
+      speculationTitle(store)
+    );
+  }
+  return trans.__(
+    'No token was proposed here, though speculation (%1) is on: nothing fitting was found, it came too late, or it was not expected to pay.',
+    String(method)
+  );
+}
+
+function speculationTitle(store: TelemetryStore): string {
+  return store.specs.find(each => each.name === 'speculation')?.title ?? 'speculation';
 }

@@ -27,6 +27,7 @@ import { Recorder } from './recorder';
 import { RequestTimeline } from './request-timeline';
 import { Roofline } from './roofline';
 import { Selection } from './selection';
+import { SpeculationPlot } from './speculation-plot';
 import { StatusBar } from './status-bar';
 import { Switchboard } from './switchboard';
 import type { Theme } from './theme';
@@ -139,6 +140,7 @@ export class Workbench {
       new LatencyPlot(this.context),
       new AttributionPlot(this.context),
       new BatchPlot(this.context),
+      new SpeculationPlot(this.context),
       new KvPlot(this.context),
       new KvMap(this.context),
       new MemoryBar(this.context),
