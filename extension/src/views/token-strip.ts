@@ -324,7 +324,8 @@ export class TokenStrip implements View {
   }
 
   private onKey(row: Row, event: KeyboardEvent): void {
-    const at = this.pointed ? row.spans.indexOf(this.pointed) : -1;
+    const { value } = this.context.selection;
+    const at = value?.request === row.handle ? row.tokens.findIndex(token => token.index === value.index) : -1;
     const last = row.spans.length - 1;
     const moves: Record<string, number> = {
       ArrowLeft: at < 0 ? last : Math.max(0, at - 1),
