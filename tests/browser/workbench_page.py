@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jupyterlab import JupyterLab
+from jupyterlab import ROOT, JupyterLab
 from playwright.sync_api import Locator, Page, expect
 
+AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 LOADED_MS = 60_000
 READY_MS = 120_000
 
@@ -33,6 +34,36 @@ def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
     expect(workbench.locator(".iw-status")).to_have_attribute("data-engine", "ready", timeout=READY_MS)
     expect(workbench.locator("[data-feature=kv_cache] .iw-toggle")).to_be_enabled(timeout=READY_MS)
     return workbench
+
+
+def command(page: Page, label: str) -> None:
+    """Run a command by its name in JupyterLab's palette."""
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0, timeout=READY_MS)
+    search = page.locator(".lm-CommandPalette-input")
+    for _ in range(10):
+        page.get_by_role("menuitem", name="View", exact=True).click()
+        page.locator(".lm-Menu-itemLabel", has_text="Activate Command Palette").click()
+        # The palette closes when it loses the focus, and a document that is still loading takes it.
+        page.wait_for_timeout(500)
+        if search.is_visible():
+            break
+    search.fill(label)
+    page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first.click()
+
+
+def serious(page: Page, within: str) -> list[str]:
+    """What axe-core finds that keeps somebody out."""
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=AXE)
+    found = page.evaluate(
+        "within => axe.run(within, { resultTypes: ['violations'] }).then(result => result.violations)", within
+    )
+    return [
+        f"{each['id']} ({each['impact']}): {node['html'][:160]} {node.get('failureSummary', '')[:300]}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
 
 
 def generate(workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None) -> None:
