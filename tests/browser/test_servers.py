@@ -1,4 +1,4 @@
-"""Two real inference servers in one JupyterLab: each steered alone, side by side, after a reload, and after one died."""
+"""Two real inference servers in one JupyterLab: side by side, each steered alone, and one after the other died."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from workbench_page import (
     produced,
     serious,
     wait_ready,
-    wait_tokens,
 )
 
 import inference_workbench as iw
@@ -55,7 +54,8 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
         other = line_of(lab, process.pid)
         behind = f"{lab.servers}/{other['instance']}"
         assert (other["origin"], other["model"]) == ("cli", "SmolLM2-135M-Instruct")
-        first = open_panel(page, lab)
+        open_panel(page, lab)
+        first = wait_ready(page, FIRST)
         chooser = first.locator("[data-action=choose-server]")
         expect(chooser.locator("option")).to_have_text(
             [re.compile("JupyterLab"), re.compile("SmolLM2-135M-Instruct · command line")]
@@ -130,7 +130,7 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
 
         # One dies in the middle of the other's answer, which goes on.
         generate(first, "long", tokens=60)
-        wait_tokens(page, 5)
+        first.locator(".iw-row").first.locator(".iw-token").nth(5).wait_for(timeout=READY_MS)
         process.kill()
         process.wait()
         expect(second.locator(".iw-status")).to_have_attribute("data-connection", "failed", timeout=10_000)

@@ -34,6 +34,7 @@ export class WorkbenchPanel extends Widget {
   private shown: { server: string; held: HeldServer; workbench: Workbench; withdraw: () => void };
   private readonly listeners: ((server: string) => void)[] = [];
   private readonly stop: () => void;
+  private asking = false;
 
   constructor(
     private readonly servers: IInferenceServer,
@@ -80,6 +81,12 @@ export class WorkbenchPanel extends Widget {
     this.listeners.forEach(listener => listener(server));
   }
 
+  /** Let a person choose the server: the choice has the focus as soon as this panel is the active one. */
+  askServer(): void {
+    this.asking = true;
+    this.activate();
+  }
+
   override dispose(): void {
     if (!this.isDisposed) {
       this.stop();
@@ -97,6 +104,11 @@ export class WorkbenchPanel extends Widget {
 
   protected override onActivateRequest(message: Message): void {
     super.onActivateRequest(message);
+    if (this.asking) {
+      this.asking = false;
+      this.workbench.askServer();
+      return;
+    }
     this.node.tabIndex = -1;
     this.node.focus();
   }

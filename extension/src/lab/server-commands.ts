@@ -92,7 +92,7 @@ export function addServerCommands(
         panel.content.showServer(await known(args['server']));
       } else {
         app.shell.activateById(panel.id);
-        panel.content.workbench.askServer();
+        panel.content.askServer();
       }
     }
   });
