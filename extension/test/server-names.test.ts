@@ -20,7 +20,7 @@ function server(values: Partial<ListedServer>): ListedServer {
   };
 }
 
-test('a name says model and origin, and the process only where two would be called the same', () => {
+test('a name says origin and model, and the process only where two would be called the same', () => {
   const own = server({ instance: 'own', origin: 'jupyter', own: true });
   const elsewhere = server({ instance: 'b', origin: 'jupyter' });
   const one = server({ instance: 'c', pid: 11 });
@@ -30,14 +30,14 @@ test('a name says model and origin, and the process only where two would be call
   assert.deepEqual(
     all.map(each => serverName(each, all, untranslated)),
     [
-      'SmolLM2 · JupyterLab',
-      'SmolLM2 · another JupyterLab',
-      'SmolLM2 · command line (pid 11)',
-      'SmolLM2 · command line (pid 12)',
+      'JupyterLab · SmolLM2',
+      'another JupyterLab · SmolLM2',
+      'command line (pid 11) · SmolLM2',
+      'command line (pid 12) · SmolLM2',
       'notebook'
     ]
   );
-  assert.equal(serverName(one, [one, own], untranslated), 'SmolLM2 · command line');
+  assert.equal(serverName(one, [one, own], untranslated), 'command line · SmolLM2');
 });
 
 test('the own server keeps its id and its name through all its starts', () => {

@@ -58,7 +58,7 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
         first = wait_ready(page, FIRST)
         chooser = first.locator("[data-action=choose-server]")
         expect(chooser.locator("option")).to_have_text(
-            [re.compile("JupyterLab"), re.compile("SmolLM2-135M-Instruct · command line")]
+            [re.compile("JupyterLab"), re.compile("command line · SmolLM2-135M-Instruct")]
         )
 
         # One more panel, beside the first: there is only one server that it can mean.
@@ -145,9 +145,9 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
         first = wait_ready(page, FIRST)
         second = page.locator(f"{SECOND} .iw-workbench")
         expect(second.locator(".iw-message")).to_contain_text("has ended", timeout=READY_MS)
-        assert "SmolLM2-135M-Instruct · command line" in tab(page, SECOND)
+        assert "command line · SmolLM2-135M-Instruct" in tab(page, SECOND)
         gone = second.locator("[data-action=choose-server]")
-        expect(gone.locator("option:checked")).to_have_text("SmolLM2-135M-Instruct · command line (has ended)")
+        expect(gone.locator("option:checked")).to_have_text("ended: command line · SmolLM2-135M-Instruct")
         second.locator(".iw-prompt-text").fill("What I was about to ask")
         gone.select_option("jupyterlab")
         second = wait_ready(page, SECOND)

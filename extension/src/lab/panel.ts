@@ -107,10 +107,11 @@ export class WorkbenchPanel extends Widget {
     if (this.asking) {
       this.asking = false;
       this.workbench.askServer();
-      return;
     }
     this.node.tabIndex = -1;
-    this.node.focus();
+    if (!this.node.contains(document.activeElement)) {
+      this.node.focus();
+    }
   }
 
   private make(server: string): typeof this.shown {
@@ -129,7 +130,7 @@ export class WorkbenchPanel extends Widget {
     const { trans = untranslated } = this.options;
     const offer = (id: string): OfferedServer => ({
       id,
-      name: servers.hasEnded(id) ? trans.__('%1 (has ended)', servers.nameOf(id)) : servers.nameOf(id),
+      name: servers.hasEnded(id) ? trans.__('ended: %1', servers.nameOf(id)) : servers.nameOf(id),
       facts: servers.factsOf(id)
     });
     return {

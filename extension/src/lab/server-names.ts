@@ -1,4 +1,4 @@
-/** What a person calls an inference server: the model it serves and who started it. */
+/** What a person calls an inference server: who started it, first because a tab cuts the end off, and the model. */
 
 import type { Translation } from '../views/translation';
 
@@ -35,11 +35,13 @@ function originName(server: Pick<ListedServer, 'origin' | 'own'>, trans: Transla
   }
 }
 
-/** "SmolLM2-135M-Instruct · command line"; of two that would be called the same, each with its process id. */
+/** "command line · SmolLM2-135M-Instruct"; of two that would be called the same, each with its process id. */
 export function serverName(server: ListedServer, all: readonly ListedServer[], trans: Translation): string {
-  const name = (each: ListedServer) => [each.model, originName(each, trans)].filter(Boolean).join(' · ');
-  const twin = all.some(each => each.instance !== server.instance && name(each) === name(server));
-  return twin ? trans.__('%1 (pid %2)', name(server), server.pid) : name(server);
+  const origin = originName(server, trans);
+  const twin = all.some(
+    each => each.instance !== server.instance && each.model === server.model && originName(each, trans) === origin
+  );
+  return joined(twin ? trans.__('%1 (pid %2)', origin, server.pid) : origin, server.model);
 }
 
 /** What there is to know about a server, for a tooltip. */
@@ -56,5 +58,9 @@ export function serverFacts(server: ListedServer, trans: Translation): string {
 
 /** The name of JupyterLab's own server while it is not in the list: nobody has asked for it, or the list is on its way. */
 export function ownName(model: string | null, trans: Translation): string {
-  return [model, trans.__('JupyterLab')].filter(Boolean).join(' · ');
+  return joined(trans.__('JupyterLab'), model);
+}
+
+function joined(origin: string, model: string | null): string {
+  return model === null ? origin : `${origin} · ${model}`;
 }

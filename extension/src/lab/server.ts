@@ -156,6 +156,7 @@ export class InferenceServers implements IInferenceServer {
     for (const server of this.list) {
       this.names.set(idOf(server), serverName(server, this.list, this.trans));
     }
+    this.closeUnused();
     this.tell();
   }
 
@@ -217,7 +218,8 @@ export class InferenceServers implements IInferenceServer {
   /** Nobody looks at a connection that no panel shows, but at the one of the status bar. */
   private closeUnused(): void {
     for (const [id, { connection, holders }] of this.open) {
-      if (holders === 0 && id !== this.inUse) {
+      // An answer on its way is not cut off: the server would take that for a client that has left.
+      if (holders === 0 && id !== this.inUse && !connection.generating) {
         this.open.delete(id);
         connection.dispose();
       }

@@ -14,7 +14,6 @@ import type { WorkbenchOptions } from '../views/workbench';
 import { workbenchIcon } from './icon';
 import { PANEL_ID, WorkbenchPanel } from './panel';
 import { SERVER_ARGUMENT } from './server-commands';
-import { OWN_SERVER } from './server-names';
 import type { IInferenceServer } from './tokens';
 import { CATEGORY, CommandIds, MODE_ARGUMENT, PLUGIN_NAMESPACE } from './tokens';
 
@@ -92,7 +91,7 @@ export function addViewCommands(
         content: new WorkbenchPanel(server, {
           ...options,
           only: view,
-          server: shown ?? serverOf(panel) ?? OWN_SERVER,
+          server: shown ?? serverOf(panel) ?? server.inUse,
           heading: titles[view]
         })
       });

@@ -103,6 +103,11 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     }
   }
 
+  /** Whether somebody still waits for an answer that comes through here. */
+  get generating(): boolean {
+    return this.streams.size > 0;
+  }
+
   stopGenerating(): void {
     for (const [abort, id] of this.streams) {
       abort.abort();
