@@ -173,6 +173,6 @@ def test_without_another_server_the_command_says_so_and_the_chooser_comes_when_a
     command(page, "Open a Panel for Another Server")
     dialog = page.locator(".jp-Dialog")
     expect(dialog).to_contain_text("is shown already")
-    dialog.get_by_role("button", name="Ok").click()
+    dialog.locator(".jp-Dialog-button").click()
     assert page.locator(".iw-panel").count() == 1
     assert tab(page, FIRST) == "Inference Workbench"
