@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 from jupyterlab import ROOT, JupyterLab
 from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 LOADED_MS = 60_000
@@ -40,15 +42,18 @@ def command(page: Page, label: str) -> None:
     """Run a command by its name in JupyterLab's palette."""
     expect(page.locator("#jupyterlab-splash")).to_have_count(0, timeout=READY_MS)
     search = page.locator(".lm-CommandPalette-input")
+    item = page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first
     for _ in range(10):
         page.get_by_role("menuitem", name="View", exact=True).click()
         page.locator(".lm-Menu-itemLabel", has_text="Activate Command Palette").click()
-        # The palette closes when it loses the focus, and a document that is still loading takes it.
+        # The palette closes when it loses the focus, and a document that is still loading takes it: at any moment.
         page.wait_for_timeout(500)
         if search.is_visible():
-            break
-    search.fill(label)
-    page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first.click()
+            with contextlib.suppress(PlaywrightTimeoutError):
+                search.fill(label, timeout=2000)
+                item.click(timeout=3000)
+                return
+    raise AssertionError(f"the palette never stayed open for {label!r}")
 
 
 def serious(page: Page, within: str) -> list[str]:
