@@ -14,9 +14,11 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 
 import { workbenchIcon } from './lab/icon';
 import { insertCell, insertConnectCell } from './lab/notebook-cell';
-import { WorkbenchPanel } from './lab/panel';
+import { freePanelId, WorkbenchPanel } from './lab/panel';
 import { recordingsPlugin } from './lab/recordings-plugin';
-import { InferenceServer } from './lab/server';
+import { InferenceServers } from './lab/server';
+import { OWN_SERVER } from './lab/server-names';
+import { addServerCommands, SERVER_ARGUMENT } from './lab/server-commands';
 import { StatusItem } from './lab/status-item';
 import { openTeachingLayout, TEACH_PARAMETER } from './lab/teaching';
 import { CATEGORY, CommandIds, IInferenceServer, MODE_ARGUMENT, PLUGIN_NAMESPACE, PluginIds } from './lab/tokens';
@@ -27,10 +29,12 @@ import type { WorkbenchOptions } from './views/workbench';
 
 const serverPlugin: JupyterFrontEndPlugin<IInferenceServer> = {
   id: PluginIds.server,
-  description: 'Provides the connection to the inference server.',
+  description: 'Provides the connections to inference servers.',
   autoStart: true,
   provides: IInferenceServer,
-  activate: (app: JupyterFrontEnd) => new InferenceServer(app.serviceManager.serverSettings)
+  optional: [ITranslator],
+  activate: (app: JupyterFrontEnd, translator: ITranslator | null) =>
+    new InferenceServers(app.serviceManager.serverSettings, (translator ?? nullTranslator).load(PLUGIN_NAMESPACE))
 };
 
 const panelPlugin: JupyterFrontEndPlugin<void> = {
@@ -49,7 +53,7 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
   ) => {
     const trans = (translator ?? nullTranslator).load(PLUGIN_NAMESPACE);
     const tracker = new WidgetTracker<MainAreaWidget<WorkbenchPanel>>({ namespace: PLUGIN_NAMESPACE });
-    const options: WorkbenchOptions = { trans };
+    const options: WorkbenchOptions = { trans, cells: () => server.cells };
 
     app.commands.addCommand(CommandIds.open, {
       label: trans.__('Open Inference Workbench'),
@@ -59,26 +63,44 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
         args: {
           type: 'object',
           properties: {
-            mode: MODE_ARGUMENT
+            mode: MODE_ARGUMENT,
+            server: SERVER_ARGUMENT,
+            panel: { type: 'string', description: 'Id of the panel: what a reload restores.' },
+            name: { type: 'string', description: 'What the server was called, should it not run any more.' }
           }
         }
       },
       execute: args => {
-        let widget = tracker.currentWidget ?? tracker.find(() => true);
+        const { panel: id, server: chosen, name } = args as { panel?: string; server?: string; name?: string };
+        let widget =
+          id !== undefined
+            ? tracker.find(each => each.id === id)
+            : chosen !== undefined
+              ? tracker.find(each => each.content.server === chosen)
+              : (tracker.currentWidget ?? tracker.find(() => true));
         if (!widget || widget.isDisposed) {
-          widget = new MainAreaWidget({
-            content: new WorkbenchPanel(server.use(), {
-              ...options,
-              recordings: () => server.recordings,
-              cells: () => server.cells
-            })
+          if (chosen !== undefined && name !== undefined) {
+            server.remember(chosen, name);
+          }
+          const content = new WorkbenchPanel(server, {
+            ...options,
+            server: chosen ?? OWN_SERVER,
+            heading: trans.__('Inference Workbench')
           });
-          widget.id = 'inference-workbench-panel';
-          widget.title.label = trans.__('Inference Workbench');
-          widget.title.icon = workbenchIcon;
-          widget.title.closable = true;
-          widget.toolbar.hide();
-          void tracker.add(widget);
+          const made = new MainAreaWidget({ content });
+          made.id = id ?? freePanelId(each => tracker.find(other => other.id === each) !== undefined);
+          made.title.icon = workbenchIcon;
+          made.title.closable = true;
+          made.toolbar.hide();
+          void tracker.add(made);
+          made.title.changed.connect(() => void tracker.save(made));
+          content.onServer(shown => {
+            void tracker.save(made);
+            if (tracker.currentWidget === made) {
+              server.select(shown);
+            }
+          });
+          widget = made;
         }
         if (!widget.isAttached) {
           const mode = args['mode'] as 'tab-after' | 'split-right' | undefined;
@@ -127,6 +149,12 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
       describedBy: { args: { type: 'object', properties: {} } },
       execute: () => server.use().engine('wake')
     });
+    tracker.currentChanged.connect((_, widget) => {
+      if (widget) {
+        server.select(widget.content.server);
+      }
+    });
+    addServerCommands(app, server, { tracker, palette, trans });
     addViewCommands(app, server, { tracker, options, restorer, palette, trans });
     const inPalette = [
       CommandIds.open,
@@ -140,7 +168,11 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
     }
 
     if (restorer) {
-      void restorer.restore(tracker, { command: CommandIds.open, name: () => PLUGIN_NAMESPACE });
+      void restorer.restore(tracker, {
+        command: CommandIds.open,
+        args: ({ id, content: { server: shown } }) => ({ panel: id, server: shown, name: server.nameOf(shown) }),
+        name: widget => widget.id
+      });
     }
     settings
       ?.load(PluginIds.panel)
@@ -185,7 +217,11 @@ const statusPlugin: JupyterFrontEndPlugin<void> = {
   optional: [ITranslator],
   activate: (app: JupyterFrontEnd, server: IInferenceServer, statusBar: IStatusBar, translator: ITranslator | null) => {
     const trans = (translator ?? nullTranslator).load(PLUGIN_NAMESPACE);
-    const item = new StatusItem(trans, () => void app.commands.execute(CommandIds.open));
+    const item = new StatusItem(
+      trans,
+      () => void app.commands.execute(CommandIds.open),
+      () => (server.several ? server.nameOf(server.inUse) : null)
+    );
     server.onUse(connection => item.watch(connection));
     statusBar.registerStatusItem(PluginIds.status, { item, align: 'left', rank: 20 });
   }
@@ -254,7 +290,10 @@ const notebookPlugin: JupyterFrontEndPlugin<void> = {
       label: trans.__('Insert a Cell That Connects to the Inference Server'),
       describedBy: { args: { type: 'object', properties: {} } },
       isEnabled: () => notebooks.currentWidget !== null,
-      execute: () => insertConnectCell(notebooks)
+      execute: () => {
+        const instance = server && server.inUse !== OWN_SERVER ? server.inUse : null;
+        return insertConnectCell(notebooks, instance);
+      }
     });
     palette?.addItem({ command: CommandIds.insertConnect, category: CATEGORY });
   }

@@ -5,7 +5,7 @@ import { test } from 'node:test';
 import type { FeatureSpec } from '../src/telemetry/protocol';
 import { TelemetryStore } from '../src/telemetry/store';
 import { figuresOf, LAYOUTS } from '../src/views/arrangement';
-import { python, reproducingCell } from '../src/views/reproduce';
+import { connectLine, python, reproducingCell } from '../src/views/reproduce';
 import { snapshot } from './events';
 
 function spec(name: string, value: boolean | number | string, available = true): FeatureSpec {
@@ -102,4 +102,13 @@ test('every layout shows some of the figures there are', () => {
     assert.ok(figuresOf(layout, all).length >= 3, layout);
   }
   assert.deepEqual(figuresOf('all', all), all);
+});
+
+test('a server that connect() would not find by itself is named by its instance', () => {
+  const store = new TelemetryStore();
+  store.applySnapshot(snapshot('a'));
+  const first = (cell: string) => cell.split('\n').find(line => line.startsWith('wb ='));
+  assert.match(first(reproducingCell(store, null))!, /^wb = iw\.connect\(\)/);
+  assert.match(first(reproducingCell(store, null, '9f2c'))!, /^wb = iw\.connect\(instance="9f2c"\)/);
+  assert.equal(connectLine(null), 'wb = iw.connect()');
 });

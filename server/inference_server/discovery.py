@@ -15,6 +15,8 @@ from typing import Literal
 import msgspec
 
 Origin = Literal["jupyter", "cli", "kernel"]
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+"""Names of this machine: a server listens on no other."""
 _PREFIX = "inference-workbench-"
 
 
@@ -60,12 +62,16 @@ def _runtime_dir_without_jupyter() -> Path:
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in the kernel's clock ticks since boot, or ``None`` where that cannot be known."""
+    """Return when a process started, in the kernel's clock ticks since boot.
+
+    ``None`` where that cannot be known, and for one that has ended and was not waited for.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])  # the name in parentheses may hold spaces
+    state, *numbers = text.rpartition(")")[2].split()  # the name in parentheses may hold spaces
+    return None if state == "Z" else int(numbers[18])
 
 
 def publish(server: ServerFile) -> Path:
@@ -91,11 +97,14 @@ def withdraw(path: Path) -> None:
 
 
 def list_servers() -> list[ServerFile]:
-    """Return the servers that are alive, newest first. Files that dead ones left behind are removed."""
+    """Return the servers that are alive, newest first. Files that dead ones left behind are removed.
+
+    A file of another user is not believed: whoever follows it would send a token to where that user says.
+    """
     servers: list[ServerFile] = []
     for path in runtime_dir().glob(f"{_PREFIX}*.json"):
         try:
-            server = msgspec.json.decode(path.read_bytes(), type=ServerFile)
+            server = msgspec.json.decode(_own_bytes(path), type=ServerFile)
         except (OSError, msgspec.MsgspecError):
             continue  # gone meanwhile, or of another version: not ours to judge
         if _is_alive(server):
@@ -103,6 +112,20 @@ def list_servers() -> list[ServerFile]:
         else:
             withdraw(path)
     return sorted(servers, key=lambda server: server.started, reverse=True)
+
+
+def _own_bytes(path: Path) -> bytes:
+    """Read a file that belongs to this user, and is no link to something else."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user.")
+        return file.read()
+
+
+def find_server(instance: str) -> ServerFile | None:
+    """Return the server of one start, if it still runs."""
+    return next((server for server in list_servers() if server.instance == instance), None)
 
 
 def _is_alive(server: ServerFile) -> bool:

@@ -38,6 +38,11 @@ class JupyterLab:
         return f"{self.url}inference-workbench/"
 
     @property
+    def servers(self) -> str:
+        """URL of the list of inference servers, and above each of them."""
+        return f"{self.url}inference-workbench-servers"
+
+    @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {TOKEN}"}
 
@@ -79,12 +84,38 @@ def _environment(folder: Path) -> dict[str, str]:
     return env
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running_server(lab: JupyterLab, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run one more inference server, started on a command line where JupyterLab finds it, until the block ends."""
+    env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(lab.folder / "runtime")}
+    env |= {"INFERENCE_WORKBENCH_RECORDING_FOLDER": str(folder), "PYTHONPATH": f"{ROOT / 'server'}"}
+    command = [sys.executable, "-m", "inference_server.cli", "serve", "--port", str(_free_port())]
+    command += ["--kv-memory", "256M", "--packed-memory", "64M"]
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=env, cwd=folder)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 @contextlib.contextmanager
 def running_jupyterlab(folder: Path, base_url: str = "/") -> Iterator[JupyterLab]:
     """Run JupyterLab on a copy of the lessons until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     root = folder / "root"
     lessons = ROOT / "notebooks"
     if lessons.exists():

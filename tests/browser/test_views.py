@@ -8,22 +8,22 @@ from typing import Any
 
 import httpx
 import pytest
-from jupyterlab import ROOT, JupyterLab
+from jupyterlab import JupyterLab
 from playwright.sync_api import Locator, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 from workbench_page import (
     READY_MS,
     REPETITIVE,
+    command,
     finished,
     generate,
     open_lab,
     open_panel,
+    serious,
     speculating,
     wait_ready,
     wait_tokens,
 )
-
-AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 def card(workbench: Locator, name: str) -> Locator:
@@ -287,21 +287,6 @@ def test_what_excludes_a_switch_is_said_and_thrown_with_it(page: Page, lab: Jupy
     assert server_features(lab) == before
 
 
-def command(page: Page, label: str) -> None:
-    """Run a command by its name in JupyterLab's palette."""
-    expect(page.locator("#jupyterlab-splash")).to_have_count(0, timeout=READY_MS)
-    search = page.locator(".lm-CommandPalette-input")
-    for _ in range(10):
-        page.get_by_role("menuitem", name="View", exact=True).click()
-        page.locator(".lm-Menu-itemLabel", has_text="Activate Command Palette").click()
-        # The palette closes when it loses the focus, and a document that is still loading takes it.
-        page.wait_for_timeout(500)
-        if search.is_visible():
-            break
-    search.fill(label)
-    page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first.click()
-
-
 def test_pause_freezes_the_views_and_says_what_they_miss_while_the_engine_goes_on(page: Page, lab: JupyterLab) -> None:
     workbench = open_panel(page, lab)
     generate(workbench, "long", tokens=60)
@@ -393,21 +378,6 @@ def test_layouts_projector_panes_and_the_cell_that_reproduces_the_state(page: Pa
     workbench = httpx.patch(f"{lab.workbench}features", headers=lab.headers, json={"max_num_seqs": 32}, timeout=30)
     assert workbench.status_code == 200
     compile(cell.replace("\u200b", ""), "cell", "exec")
-
-
-def serious(page: Page, within: str) -> list[str]:
-    """What axe-core finds that keeps somebody out."""
-    if not page.evaluate("'axe' in window"):
-        page.add_script_tag(path=AXE)
-    found = page.evaluate(
-        "within => axe.run(within, { resultTypes: ['violations'] }).then(result => result.violations)", within
-    )
-    return [
-        f"{each['id']} ({each['impact']}): {node['html'][:160]} {node.get('failureSummary', '')[:300]}"
-        for each in found
-        if each["impact"] in {"serious", "critical"}
-        for node in each["nodes"]
-    ]
 
 
 # The theme is kept; the last is what the other tests begin with.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import httpx
-from jupyterlab import JupyterLab
+from jupyterlab import ROOT, JupyterLab
 from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
+AXE = ROOT / "extension" / "node_modules" / "axe-core" / "axe.min.js"
 REPETITIVE = " ".join(
     f"The cat {verb} on the mat. The dog {verb} on the log." for verb in ("sat", "slept", "sat", "sang")
 )
@@ -75,6 +77,39 @@ def wait_ready(page: Page, within: str = ".iw-panel") -> Locator:
     return workbench
 
 
+def command(page: Page, label: str) -> None:
+    """Run a command by its name in JupyterLab's palette."""
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0, timeout=READY_MS)
+    search = page.locator(".lm-CommandPalette-input")
+    item = page.locator(".lm-CommandPalette-item:not(.lm-mod-disabled)", has_text=label).first
+    for _ in range(10):
+        page.get_by_role("menuitem", name="View", exact=True).click()
+        page.locator(".lm-Menu-itemLabel", has_text="Activate Command Palette").click()
+        # The palette closes when it loses the focus, and a document that is still loading takes it: at any moment.
+        page.wait_for_timeout(500)
+        if search.is_visible():
+            with contextlib.suppress(PlaywrightTimeoutError):
+                search.fill(label, timeout=2000)
+                item.click(timeout=3000)
+                return
+    raise AssertionError(f"the palette never stayed open for {label!r}")
+
+
+def serious(page: Page, within: str) -> list[str]:
+    """What axe-core finds that keeps somebody out."""
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=AXE)
+    found = page.evaluate(
+        "within => axe.run(within, { resultTypes: ['violations'] }).then(result => result.violations)", within
+    )
+    return [
+        f"{each['id']} ({each['impact']}): {node['html'][:160]} {node.get('failureSummary', '')[:300]}"
+        for each in found
+        if each["impact"] in {"serious", "critical"}
+        for node in each["nodes"]
+    ]
+
+
 def generate(
     workbench: Locator, preset: str, *, tokens: int, parallel: int | None = None, prompt: str | None = None
 ) -> None:
@@ -92,7 +127,7 @@ def generate(
     expect(rows.first).not_to_have_attribute("data-request", newest or "none", timeout=READY_MS)
 
 
-@contextmanager
+@contextlib.contextmanager
 def switched(lab: JupyterLab, **values: Any) -> Iterator[None]:
     """Switch features at the server, and switch them back at the end."""
     address, headers = f"{lab.workbench}features", lab.headers
@@ -105,7 +140,7 @@ def switched(lab: JupyterLab, **values: Any) -> Iterator[None]:
         httpx.patch(address, headers=headers, json=old, timeout=60).raise_for_status()
 
 
-def speculating(lab: JupyterLab) -> AbstractContextManager[None]:
+def speculating(lab: JupyterLab) -> contextlib.AbstractContextManager[None]:
     """Always propose what followed the same words before."""
     return switched(lab, speculation="ngram", adaptive_speculation=False)
 

@@ -22,6 +22,12 @@ def python_path():
     return os.pathsep.join([str(ROOT / "server"), str(ROOT / "workbench"), str(Path(__file__).parent)])
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class JupyterServer:
     """A real Jupyter server in a process of its own."""
 
@@ -41,9 +47,7 @@ class JupyterServer:
 
 @contextlib.contextmanager
 def running_jupyter(folder, extension, base_url="/", **environment):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = folder / "jupyter.log"
     runtime = folder / "r"
     command = [sys.executable, "-m", "jupyter_server", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
@@ -77,22 +81,34 @@ def running_jupyter(folder, extension, base_url="/", **environment):
 
 
 class InferenceServer:
-    """``inference-workbench serve`` on a Unix socket, with the tiny model."""
+    """``inference-workbench serve`` on a Unix socket, or on a port if one is given, with the tiny model."""
 
-    def __init__(self, folder, model, socket_name="s"):
-        self.uds = folder / socket_name
+    def __init__(self, folder, model, *, port=None, runtime=None, options=()):
+        self.uds = None if port else folder / "s"
+        self.port = port
         self.log = folder / "server.log"
         self.token = "token-of-the-test"
-        self.runtime = folder / "runtime"
+        self.runtime = runtime or folder / "runtime"
         self._model = model
+        self._options = options
         self._process = None
 
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def http(self):
+        if self.port:
+            return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False)
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(self.uds)), base_url="http://localhost")
+
     def start(self):
-        command = [sys.executable, "-m", "inference_server.cli", "serve", "--uds", str(self.uds)]
-        command += ["--model", str(self._model)]
+        where = ["--port", str(self.port)] if self.port else ["--uds", str(self.uds)]
+        command = [sys.executable, "-m", "inference_server.cli", "serve", *where]
+        command += ["--model", str(self._model), *self._options]
         env = {**os.environ, "PYTHONPATH": python_path(), "INFERENCE_WORKBENCH_TOKEN": self.token}
         env["JUPYTER_RUNTIME_DIR"] = str(self.runtime)
-        env["INFERENCE_WORKBENCH_RECORDING_FOLDER"] = str(self.runtime.parent / "recordings")
+        env["INFERENCE_WORKBENCH_RECORDING_FOLDER"] = str(self.log.parent / "recordings")
         with self.log.open("a") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
 
@@ -109,8 +125,8 @@ def wait_for_socket(server, seconds):
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(server.uds))) as client:
-                client.get("http://localhost/")
+            with server.http() as client:
+                client.get("/")
                 return
         except httpx.TransportError:
             assert time.monotonic() < deadline, server.log.read_text()

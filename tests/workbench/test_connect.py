@@ -154,7 +154,7 @@ def test_a_notebook_in_jupyter_uses_the_server_behind_its_own_jupyter(no_jupyter
 def test_through_jupyters_proxy_alone_everything_works_too(no_jupyter, tiny_model, tmp_path, monkeypatch):
     with running_jupyter(tmp_path, "inference_workbench.jupyter", INFERENCE_WORKBENCH_MODEL=str(tiny_model)) as jupyter:
         monkeypatch.setenv("JPY_PARENT_PID", str(jupyter.process.pid))
-        monkeypatch.setattr("inference_workbench.servers.list_servers", list)
+        monkeypatch.setattr("inference_workbench.servers.find_server", lambda _instance: None)
         with iw.connect() as wb:
             assert wb._server.endpoint.url.endswith("/inference-workbench")
             run = wb.generate("hello", max_tokens=8, ignore_eos=True, stream=False)

@@ -96,6 +96,7 @@ def connect(
     *,
     token: str | None = None,
     uds: str | Path | None = None,
+    instance: str | None = None,
     model: str | None = None,
     start: bool = True,
     timeout: float = 900.0,
@@ -113,6 +114,9 @@ def connect(
         The server's token. Found by itself for servers of this user on this machine.
     uds
         Path of a server's Unix socket, instead of ``url``.
+    instance
+        One of several servers of this user on this machine, by what ``wb.status().server.instance`` says: the cell that
+        the panel inserts names the server it shows.
     model
         Start a server of one's own with this model: ``"default"``, a hub id, a folder, or a ``.gguf`` file.
     start
@@ -126,7 +130,7 @@ def connect(
         With a message that says what to do.
     """
     arguments = () if model is None else ("--model", model)
-    server = find_or_start(url, token, uds, start=start, arguments=arguments)
+    server = find_or_start(url, token, uds, instance=instance, start=start, arguments=arguments)
     workbench = Workbench(server)
     try:
         workbench.wait_ready(timeout)

@@ -10,10 +10,8 @@ import httpx
 import msgspec
 import websockets.sync.client as websocket_client
 
-from inference_server.discovery import ServerFile
+from inference_server.discovery import LOOPBACK, ServerFile
 from inference_workbench.errors import RequestError, ServerGoneError
-
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Endpoint:
 
     @property
     def _is_local(self) -> bool:
-        return self.url is None or urlsplit(self.url).hostname in _LOOPBACK
+        return self.url is None or urlsplit(self.url).hostname in LOOPBACK
 
     def http(self, timeout: float | None = 30.0) -> httpx.Client:
         """Return a new HTTP client for this server; the caller closes it.

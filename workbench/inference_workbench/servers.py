@@ -1,8 +1,8 @@
 """Finds the server to talk to, starts one where none runs, and brings it back when it has died.
 
-In this order: what the caller or the environment names; the server of the Jupyter server that runs this kernel (asked
-for through its proxy, so that notebook and panel look at the same one); the newest one whose info file is there; else
-a new one, started as a child that ends with this process.
+In this order: what the caller (by instance or address) or the environment names; the server of the Jupyter server that
+runs this kernel (asked for through its proxy, so that notebook and panel look at the same one); the newest one whose
+info file is there; else a new one, started as a child that ends with this process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import httpx
 import msgspec
 from jupyter_core.paths import jupyter_runtime_dir
 
-from inference_server.discovery import ServerFile, list_servers
+from inference_server.discovery import ServerFile, find_server, list_servers
 from inference_server.lifetime import lifeline
 from inference_workbench.endpoint import Endpoint, gone
 from inference_workbench.errors import ServerNotFoundError, ServerStartError
@@ -102,10 +102,8 @@ class JupyterServer:
                 raise ServerStartError(msgspec.json.decode(answer.content)["error"]["message"])
             raise ServerStartError(f"{self._proxy.place} answered {answer.status_code}: {answer.text[:300]}")
         instance = msgspec.json.decode(answer.content).get("instance")
-        for server in list_servers():
-            if server.instance == instance:
-                return Endpoint.of(server)
-        return self._proxy
+        server = find_server(instance)
+        return self._proxy if server is None else Endpoint.of(server)
 
 
 class ChildServer:
@@ -216,6 +214,7 @@ def find_or_start(
     token: str | None = None,
     uds: str | Path | None = None,
     *,
+    instance: str | None = None,
     start: bool = True,
     arguments: tuple[str, ...] = (),
 ) -> Server:
@@ -224,12 +223,16 @@ def find_or_start(
     Raises
     ------
     ServerNotFoundError
-        If none runs and ``start`` is false or a server's packages are missing.
+        If none runs and ``start`` is false or a server's packages are missing, or if ``instance`` has ended.
     ServerStartError
         If one was started and ended.
     ServerGoneError
         If a server was named and does not answer.
     """
+    if instance is not None:
+        chosen = RunningServer(_endpoint_of_instance(instance))
+        chosen.revive()
+        return chosen
     url = url or os.environ.get("INFERENCE_WORKBENCH_URL")
     if url is not None or uds is not None:
         named = RunningServer(_named_endpoint(url, token, uds))
@@ -253,6 +256,18 @@ def find_or_start(
             "or call connect() without start=False."
         )
     return ChildServer(arguments)
+
+
+def _endpoint_of_instance(instance: str) -> Endpoint:
+    """Find one start of a server: another start, even of the same server, would have other switches and requests."""
+    server = find_server(instance)
+    if server is not None:
+        return Endpoint.of(server)
+    running = ", ".join(f"{each.instance} ({each.origin}, pid {each.pid})" for each in list_servers())
+    raise ServerNotFoundError(
+        f"The inference server with the instance {instance!r} has ended, or is not on this machine. "
+        + (f"These run: {running}." if running else "None runs. Start one with: inference-workbench serve")
+    )
 
 
 def _named_endpoint(url: str | None, token: str | None, uds: str | Path | None) -> Endpoint:

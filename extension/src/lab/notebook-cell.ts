@@ -3,12 +3,11 @@
 import type { INotebookTracker } from '@jupyterlab/notebook';
 import { NotebookActions } from '@jupyterlab/notebook';
 
-const CONNECT = `import inference_workbench as iw
+import { connectLine } from '../views/reproduce';
 
-wb = iw.connect()`;
-
-export function insertConnectCell(notebooks: INotebookTracker): boolean {
-  return insertCell(notebooks, CONNECT);
+/** `instance` names a server other than JupyterLab's own. */
+export function insertConnectCell(notebooks: INotebookTracker, instance: string | null): boolean {
+  return insertCell(notebooks, `import inference_workbench as iw\n\n${connectLine(instance)}`);
 }
 
 /** Put `code` into a new cell below the active one of the notebook that was used last; false where none is open. */

@@ -19,6 +19,7 @@ import {
   RecordingModelFactory,
   RecordingView
 } from './recording-document';
+import { OWN_SERVER } from './server-names';
 import { CATEGORY, CommandIds, IInferenceServer, MODE_ARGUMENT, PLUGIN_NAMESPACE, PluginIds } from './tokens';
 
 /** Where a server that JupyterLab started puts its recordings, relative to JupyterLab's root folder. */
@@ -56,17 +57,19 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
       });
     }
 
-    const open = async (event: RecordingEvent, mode?: string): Promise<void> => {
+    const open = async (id: string, event: RecordingEvent, mode?: string): Promise<void> => {
       const path = `${FOLDER}/${event.file ?? ''}`;
-      const beside = await contents.get(path, { content: false }).catch(() => null);
+      // Another server has a folder of its own, in which a file of the same name is another recording.
+      const beside = id === OWN_SERVER ? await contents.get(path, { content: false }).catch(() => null) : null;
       if (beside !== null) {
         const options = mode ? { options: { mode } } : {};
         await app.commands.execute('docmanager:open', { path, factory: RECORDING_FACTORY, ...options });
       } else {
-        await openDownloaded(app, server.use(), event);
+        const held = server.hold(id);
+        await openDownloaded(app, held.connection, id, event).finally(held.release);
       }
     };
-    server.recordings = { open: event => open(event), openLabel: trans.__('Open') };
+    server.recordings = id => ({ open: event => open(id, event), openLabel: trans.__('Open') });
 
     app.commands.addCommand(CommandIds.startRecording, {
       label: trans.__('Start Recording'),
@@ -105,6 +108,7 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
       },
       execute: async args => {
         try {
+          const id = server.inUse;
           const { recordings, folder } = await server.use().recordings();
           const finished = recordings.filter(each => each.state === 'finished');
           if (finished.length === 0) {
@@ -122,7 +126,7 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
           });
           const chosen = finished[labels.indexOf(value ?? '')];
           if (button.accept && chosen) {
-            await open(chosen, args['mode'] as string | undefined);
+            await open(id, chosen, args['mode'] as string | undefined);
           }
         } catch (error) {
           await showErrorMessage(trans.__('The recordings could not be opened'), errorText(error));
@@ -139,11 +143,12 @@ export const recordingsPlugin: JupyterFrontEndPlugin<void> = {
 async function openDownloaded(
   app: JupyterFrontEnd,
   connection: SocketConnection,
+  server: string,
   event: RecordingEvent
 ): Promise<void> {
   const view = new RecordingView({});
   const widget = new MainAreaWidget({ content: view });
-  widget.id = `${RECORDING_FILE_TYPE}-${event.id}`;
+  widget.id = `${RECORDING_FILE_TYPE}-${server}-${event.id}`;
   widget.title.label = event.file ?? event.name;
   widget.title.icon = workbenchIcon;
   widget.title.closable = true;

@@ -14,9 +14,13 @@ export class StatusItem extends Widget {
   private timer: ReturnType<typeof setInterval> | null = null;
   private connection: SocketConnection | null = null;
 
+  private unwatch: (() => void) | null = null;
+
+  /** `name` says which server that is, where there are several. */
   constructor(
     private readonly trans: Translation,
-    open: () => void
+    open: () => void,
+    private readonly name: () => string | null
   ) {
     super();
     this.addClass('iw-status-item');
@@ -33,7 +37,8 @@ export class StatusItem extends Widget {
   watch(connection: SocketConnection): void {
     this.connection = connection;
     this.timer ??= setInterval(() => this.show_(), INTERVAL_MS);
-    connection.onStatus(() => this.show_());
+    this.unwatch?.();
+    this.unwatch = connection.onStatus(() => this.show_());
     this.show_();
   }
 
@@ -41,29 +46,32 @@ export class StatusItem extends Widget {
     if (this.timer !== null) {
       clearInterval(this.timer);
     }
+    this.unwatch?.();
     super.dispose();
   }
 
   private show_(): void {
-    setText(this.button, this.text());
+    const name = this.name();
+    const state = this.text();
+    setText(
+      this.button,
+      name === null ? this.trans.__('Inference: %1', state) : this.trans.__('Inference (%1): %2', name, state)
+    );
   }
 
   private text(): string {
     const { trans, connection } = this;
     if (!connection) {
-      return trans.__('Inference: off');
+      return trans.__('off');
     }
     if (connection.status.state !== 'connected') {
-      return trans.__(
-        'Inference: %1',
-        connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…')
-      );
+      return connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…');
     }
     const { store } = connection;
     const engine = store.engine;
     if (engine && engine.state !== 'ready') {
       const share = engine.state === 'loading' && engine.fraction !== null ? ` ${percent(engine.fraction)}` : '';
-      return trans.__('Inference: %1', `${engine.state}${share}`);
+      return `${engine.state}${share}`;
     }
     const metrics = store.metrics(5e9);
     const rate = metrics.idle
@@ -72,6 +80,6 @@ export class StatusItem extends Widget {
         ? trans.__('working')
         : `${significant(metrics.outputRate)} tok/s`;
     const kv = metrics.kvBlocks === null ? '' : ` · KV ${percent(metrics.kvBlocks)}`;
-    return trans.__('Inference: %1', rate + kv);
+    return rate + kv;
   }
 }

@@ -5,6 +5,7 @@ import { Token } from '@lumino/coreutils';
 import type { SocketConnection } from '../telemetry/socket';
 import type { CellHost } from '../views/prompt-box';
 import type { RecordingHost } from '../views/recorder';
+import type { ListedServer } from './server-names';
 
 export const PLUGIN_NAMESPACE = 'inference-workbench';
 /** Of the commands, in the palette. */
@@ -22,6 +23,8 @@ export const PluginIds = {
 
 export const CommandIds = {
   open: 'inference-workbench:open',
+  openServer: 'inference-workbench:open-server',
+  chooseServer: 'inference-workbench:choose-server',
   setFeature: 'inference-workbench:set-feature',
   restartEngine: 'inference-workbench:restart-engine',
   sleepEngine: 'inference-workbench:sleep-engine',
@@ -37,23 +40,52 @@ export const CommandIds = {
   pause: 'inference-workbench:toggle-pause'
 } as const;
 
-/** The one connection of the page, made when first asked for. */
+/** A connection that stays open until everybody who holds it has let go. */
+export interface HeldServer {
+  readonly connection: SocketConnection;
+  release(): void;
+}
+
+/**
+ * The servers of this page and its connections to them, made when first asked for. A server's id is its instance, or
+ * `OWN_SERVER` for the one that JupyterLab starts.
+ */
 export interface IInferenceServer {
-  /** Connect (which starts the server if none runs) and return the connection. */
+  /** Id of the server in use: that of the panel used last, which the status bar and the commands speak of. */
+  readonly inUse: string;
+  /** Connect to the server in use (which starts JupyterLab's own if none runs) and return the connection. */
   use(): SocketConnection;
-  /** The connection, if anybody has asked for it. */
+  /** The connection to the server in use, if anybody has asked for it. */
   readonly current: SocketConnection | null;
-  /** What the page does with a finished recording; null where the plugin for it is disabled. */
-  recordings: RecordingHost | null;
+  /** Use another server from now on. */
+  select(id: string): void;
+  /** Connect to a server, and keep the connection. */
+  hold(id: string): HeldServer;
+  /** Called when the connection in use is made, and when it becomes another one. */
+  onUse(listener: (connection: SocketConnection) => void): void;
+  /** Those that run, as of the last look. */
+  readonly listed: readonly ListedServer[];
+  /** Whether names are needed to tell servers apart. */
+  readonly several: boolean;
+  /** Look again who runs. */
+  refresh(): Promise<void>;
+  /** Somebody came or went, or is called otherwise. */
+  onChange(listener: () => void): () => void;
+  nameOf(id: string): string;
+  factsOf(id: string): string;
+  /** It does not run any more. */
+  hasEnded(id: string): boolean;
+  /** Say what a server was called, in case it does not run any more. */
+  remember(id: string, name: string): void;
+  /** What the page does with a finished recording of a server; null where the plugin for it is disabled. */
+  recordings: ((server: string) => RecordingHost) | null;
   /** Puts code into a notebook; null where the plugin for it is disabled. */
   cells: CellHost | null;
-  /** Called when the connection is made. */
-  onUse(listener: (connection: SocketConnection) => void): void;
 }
 
 export const IInferenceServer = new Token<IInferenceServer>(
   'inference-workbench:IInferenceServer',
-  'The connection of this page to the inference server.'
+  'The connections of this page to inference servers.'
 );
 
 /** The first lesson, relative to JupyterLab's root folder or below `notebooks/`. */

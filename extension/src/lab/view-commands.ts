@@ -12,7 +12,8 @@ import type { LayoutName } from '../views/arrangement';
 import type { Translation } from '../views/translation';
 import type { WorkbenchOptions } from '../views/workbench';
 import { workbenchIcon } from './icon';
-import { WorkbenchPanel } from './panel';
+import { PANEL_ID, WorkbenchPanel } from './panel';
+import { SERVER_ARGUMENT } from './server-commands';
 import type { IInferenceServer } from './tokens';
 import { CATEGORY, CommandIds, MODE_ARGUMENT, PLUGIN_NAMESPACE } from './tokens';
 
@@ -63,16 +64,48 @@ export function addViewCommands(
     events: trans.__('Events')
   };
   const isView = (name: unknown): name is (typeof VIEWS)[number] => VIEWS.some(each => each === name);
-  const open = (view: (typeof VIEWS)[number], mode?: string, ref?: string): Pane => {
-    let pane = panes.find(each => viewOf(each) === view);
+  // A figure belongs to the panel that was used last when it was opened, and shows the server that the panel shows.
+  const owners = new WeakMap<Pane, string>();
+  let lastPanel = PANEL_ID;
+  tracker.currentChanged.connect((_, panel) => {
+    lastPanel = panel?.id ?? lastPanel;
+  });
+  panes.currentChanged.connect((_, pane) => {
+    if (pane) {
+      lastPanel = owners.get(pane) ?? lastPanel;
+      server.select(pane.content.server);
+    }
+  });
+  tracker.widgetAdded.connect((_, panel) => {
+    panel.content.onServer(id =>
+      panes.filter(pane => owners.get(pane) === panel.id).forEach(pane => pane.content.showServer(id))
+    );
+  });
+  const serverOf = (panel: string) => tracker.find(each => each.id === panel)?.content.server;
+  const open = (view: (typeof VIEWS)[number], { mode, ref, panel = lastPanel, shown, name }: Place): Pane => {
+    const id = PANE_ID + view + panel.slice(PANEL_ID.length);
+    let pane = panes.find(each => each.id === id);
     if (!pane || pane.isDisposed) {
-      pane = new MainAreaWidget({ content: new WorkbenchPanel(server.use(), { ...options, only: view }) });
-      pane.id = `${PANE_ID}${view}`;
-      pane.title.label = titles[view];
-      pane.title.icon = workbenchIcon;
-      pane.title.closable = true;
-      pane.toolbar.hide();
-      void panes.add(pane);
+      if (shown !== undefined && name !== undefined) {
+        server.remember(shown, name);
+      }
+      const made = new MainAreaWidget({
+        content: new WorkbenchPanel(server, {
+          ...options,
+          only: view,
+          server: shown ?? serverOf(panel) ?? server.inUse,
+          heading: titles[view]
+        })
+      });
+      made.id = id;
+      made.title.icon = workbenchIcon;
+      made.title.closable = true;
+      made.toolbar.hide();
+      owners.set(made, panel);
+      void panes.add(made);
+      made.title.changed.connect(() => void panes.save(made));
+      made.content.onServer(() => void panes.save(made));
+      pane = made;
     }
     if (!pane.isAttached) {
       app.shell.add(pane, 'main', { ...(mode && { mode: mode as 'split-right' }), ...(ref && { ref }) });
@@ -93,16 +126,19 @@ export function addViewCommands(
         required: ['view'],
         properties: {
           view: { type: 'string', enum: [...VIEWS], description: 'Which figure.' },
-          mode: MODE_ARGUMENT
+          mode: MODE_ARGUMENT,
+          server: { ...SERVER_ARGUMENT, description: `${SERVER_ARGUMENT.description} Left out: the panel’s.` },
+          panel: { type: 'string', description: 'Id of the panel that it belongs to; left out: the one used last.' },
+          name: { type: 'string', description: 'What the server was called, should it not run any more.' }
         }
       }
     },
     execute: args => {
-      const { view, mode } = args as { view?: unknown; mode?: string };
+      const { view, mode, server: shown, panel, name } = args as Place & { view?: unknown; server?: string };
       if (!isView(view)) {
         throw new Error(trans.__('There is no view “%1”. The views are: %2.', String(view), VIEWS.join(', ')));
       }
-      return open(view, mode ?? 'split-right');
+      return open(view, { mode: mode ?? 'split-right', shown, panel, name });
     }
   });
   for (const view of VIEWS) {
@@ -141,9 +177,9 @@ export function addViewCommands(
       if (layout === 'profile') {
         // Panes of their own, two by two to the right of the panel: each can be dragged elsewhere.
         const [first, second, third] = figuresOf('profile', VIEWS).filter(isView);
-        const top = open(first, 'split-right', panel.id);
-        open(second, 'split-bottom', top.id);
-        open(third, 'split-bottom', `${PANE_ID}${second}`);
+        const top = open(first, { mode: 'split-right', ref: panel.id, panel: panel.id });
+        const middle = open(second, { mode: 'split-bottom', ref: top.id, panel: panel.id });
+        open(third, { mode: 'split-bottom', ref: middle.id, panel: panel.id });
         app.shell.activateById(panel.id);
       }
     }
@@ -176,14 +212,25 @@ export function addViewCommands(
   if (restorer) {
     void restorer.restore(panes, {
       command: CommandIds.openView,
-      args: pane => ({ view: viewOf(pane), mode: 'tab-after' }),
-      name: pane => viewOf(pane)
+      args: pane => ({
+        view: pane.content.only ?? '',
+        mode: 'tab-after',
+        panel: owners.get(pane) ?? PANEL_ID,
+        server: pane.content.server,
+        name: server.nameOf(pane.content.server)
+      }),
+      name: pane => pane.id.slice(PANE_ID.length)
     });
   }
 }
 
 const PANE_ID = 'inference-workbench-view-';
 
-function viewOf(pane: Pane): string {
-  return pane.id.slice(PANE_ID.length);
+/** Where to put a figure, and of which panel and server it is one. */
+interface Place {
+  mode?: string;
+  ref?: string;
+  panel?: string;
+  shown?: string;
+  name?: string;
 }

@@ -27,8 +27,9 @@ const LAST_BACKOFF_MS = 8000;
 const SILENCE_MS = 45_000;
 const CREDITS = 16;
 const MIN_INTERVAL_MS = 8;
-/** Browsers open six connections to one host; JupyterLab needs some of them. */
+/** Browsers open six connections to one host; JupyterLab needs some of them, whichever server the streams come from. */
 const MAX_STREAMS = 3;
+let pageStreams = 0;
 
 export class SocketConnection extends ConnectionBase implements TelemetryConnection {
   readonly controlsEngine = true;
@@ -69,13 +70,14 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
   }
 
   async generate(body: GenerateBody): Promise<void> {
-    if (this.streams.size >= MAX_STREAMS) {
+    if (pageStreams >= MAX_STREAMS) {
       throw new RefusedError(
         `${MAX_STREAMS} generations of this page are running already. Stop them, or ask for more parallel requests in one.`
       );
     }
     const abort = new AbortController();
     this.streams.set(abort, null);
+    pageStreams += 1;
     try {
       const response = await this.address.fetch(body.messages ? 'v1/chat/completions' : 'v1/completions', {
         method: 'POST',
@@ -97,7 +99,13 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
       }
     } finally {
       this.streams.delete(abort);
+      pageStreams -= 1;
     }
+  }
+
+  /** Whether somebody still waits for an answer that comes through here. */
+  get generating(): boolean {
+    return this.streams.size > 0;
   }
 
   stopGenerating(): void {
@@ -237,6 +245,10 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     const socket = this.socket;
     this.socket = null;
     socket?.close();
+    if (this.retryTimer !== null) {
+      clearTimeout(this.retryTimer);
+      this.retryTimer = null;
+    }
     this.setStatus('failed', reason);
   }
 
@@ -254,14 +266,24 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     } else if (this.status.state === 'waiting') {
       this.setStatus('waiting', this.status.reason, retryAt);
     }
-    void this.diagnose(event).then(reason => {
-      if (this.wanted && this.status.state !== 'connected') {
-        this.setStatus('waiting', reason, this.retryTimer === null ? null : retryAt);
+    void this.diagnose(event).then(
+      reason => {
+        if (this.wanted && this.status.state !== 'connected') {
+          this.setStatus('waiting', reason, this.retryTimer === null ? null : retryAt);
+        }
+      },
+      (error: unknown) => {
+        if (this.wanted) {
+          this.refuse(reasonOf(error));
+        }
       }
-    });
+    );
   }
 
-  /** A browser is told nothing about a WebSocket that failed; plain HTTP tells which link of the chain is broken. */
+  /**
+   * A browser is told nothing about a WebSocket that failed; plain HTTP tells which link of the chain is broken. Rejects
+   * with {@link RefusedError} where trying again is of no use.
+   */
   private async diagnose(event: CloseEvent): Promise<string> {
     if (event.code !== 1006 && event.reason) {
       return `The server closed the connection: ${event.reason}`;
@@ -286,6 +308,8 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
         return 'JupyterLab no longer accepts this page: its token changed or the login ran out. Reload the page.';
       case 404:
         return 'JupyterLab does not know the inference server: the jupyter-server-proxy extension is missing or disabled.';
+      case 410:
+        throw new RefusedError(await errorText(response));
       case 500:
       case 502:
       case 503:

@@ -210,6 +210,13 @@ export class Arrangement {
     this.arrange();
   }
 
+  /** Show the same as another one. */
+  resemble(other: Arrangement): void {
+    this.figureSelect.value = other.figureSelect.value;
+    this.shown = other.shown;
+    this.setProjector(other.projecting);
+  }
+
   setPaused(paused: boolean): void {
     this.pausing = paused;
     this.pauseButton.setAttribute('aria-pressed', String(paused));

@@ -95,7 +95,9 @@ export class PromptBox implements View {
   constructor(
     private readonly context: ViewContext,
     /** Where the page can put a cell; null where it cannot. */
-    private readonly cells: () => CellHost | null
+    private readonly cells: () => CellHost | null,
+    /** The server's instance, where `connect()` would find another one. */
+    private readonly instance: string | null
   ) {
     const { trans } = context;
     const all = presets(trans);
@@ -180,6 +182,19 @@ export class PromptBox implements View {
     this.stop.disabled = this.running === 0 && store.activeRequests.length === 0;
   }
 
+  /** Ask the same as another one. */
+  resemble(other: PromptBox): void {
+    for (const name of ['prompt', 'maxTokens', 'temperature', 'parallel'] as const) {
+      this[name].value = other[name].value;
+    }
+    for (const name of ['toLimit', 'plain'] as const) {
+      this[name].checked = other[name].checked;
+    }
+    this.chips.forEach((chip, at) =>
+      chip.setAttribute('aria-pressed', other.chips[at].getAttribute('aria-pressed') ?? 'false')
+    );
+  }
+
   /** What Generate asks for. */
   body(): GenerateBody {
     const body: GenerateBody = {
@@ -200,7 +215,7 @@ export class PromptBox implements View {
 
   private async reproduce(): Promise<void> {
     const { trans, store } = this.context;
-    const code = reproducingCell(store, this.prompt.value.trim() === '' ? null : this.body());
+    const code = reproducingCell(store, this.prompt.value.trim() === '' ? null : this.body(), this.instance);
     try {
       const host = this.cells();
       if (host !== null && (await host(code))) {

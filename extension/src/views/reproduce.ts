@@ -5,12 +5,16 @@ import type { TelemetryStore } from '../telemetry/store';
 
 /**
  * Code that sets the switches that differ from their defaults, starts the traffic that runs, and generates what the
- * prompt box says. The last line shows the views.
+ * prompt box says. The last line shows the views. `instance` names a server that `connect()` alone would not find.
  */
-export function reproducingCell(store: TelemetryStore, body: GenerateBody | null): string {
+export function reproducingCell(
+  store: TelemetryStore,
+  body: GenerateBody | null,
+  instance: string | null = null
+): string {
   const lines = ['import inference_workbench as iw', ''];
   const model = store.model ? `  # served ${store.model.name}, ${store.model.dtype} on ${store.model.device_name}` : '';
-  lines.push(`wb = iw.connect()${model}`);
+  lines.push(`${connectLine(instance)}${model}`);
   const values = store.specs.flatMap(spec => {
     const value = store.features?.values[spec.name];
     return value !== undefined && value !== spec.default && spec.available ? [`${spec.name}=${python(value)}`] : [];
@@ -56,6 +60,11 @@ export function reproducingCell(store: TelemetryStore, body: GenerateBody | null
   }
   lines.push('wb.panel()');
   return lines.join('\n');
+}
+
+/** The line that connects a notebook to the server of one instance, or to the one it finds by itself. */
+export function connectLine(instance: string | null): string {
+  return `wb = iw.connect(${instance === null ? '' : `instance=${python(instance)}`})`;
 }
 
 /** A value as Python writes it. JSON's strings are Python's, but for what lies outside of Unicode's first plane. */

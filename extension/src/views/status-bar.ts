@@ -31,7 +31,8 @@ export class StatusBar implements View {
   constructor(
     private readonly context: ViewContext,
     private readonly stats: () => PaintStats,
-    recorder: HTMLElement | null = null
+    recorder: HTMLElement | null = null,
+    chooser: HTMLElement | null = null
   ) {
     const { trans, connection } = context;
     this.chip.append(this.sign, this.label);
@@ -69,6 +70,7 @@ export class StatusBar implements View {
         'div',
         { class: 'iw-status-line' },
         this.chip,
+        chooser,
         this.model,
         !connection.readOnly &&
           h(

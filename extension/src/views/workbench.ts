@@ -26,6 +26,8 @@ import type { RecordingHost } from './recorder';
 import { Recorder } from './recorder';
 import { RequestTimeline } from './request-timeline';
 import { Roofline } from './roofline';
+import type { ServerHost } from './server-chooser';
+import { ServerChooser } from './server-chooser';
 import { Selection } from './selection';
 import { SpeculationPlot } from './speculation-plot';
 import { StatusBar } from './status-bar';
@@ -55,6 +57,8 @@ export interface WorkbenchOptions {
   cells?: () => CellHost | null;
   /** What this page can do with a recording that was made here. */
   recordings?: () => RecordingHost | null;
+  /** Which server this is, and which others there are. */
+  servers?: ServerHost;
   /** Shown instead of a server: a recording, moved through by its own controls. */
   replay?: { source: ReplaySource; manifest: Manifest; bytes: number };
 }
@@ -85,6 +89,8 @@ export class Workbench {
   private readonly plots: Card[];
   private readonly context: ViewContext & { theme: Theme; windowNs: number; hurried: boolean; projector: boolean };
   private readonly loop: PaintLoop;
+  private readonly prompt: PromptBox | null;
+  private readonly chooser: ServerChooser | null;
   private readonly stops: (() => void)[] = [];
   readonly arrangement: Arrangement;
   /** Those that stand still while the figures are paused. */
@@ -127,10 +133,18 @@ export class Workbench {
     );
     const { replay } = options;
     const recorder = replay ? null : new Recorder(this.context, options.recordings ?? (() => null));
-    const status = new StatusBar(this.context, () => this.loop.stats(), recorder?.element ?? null);
+    this.chooser = options.servers ? new ServerChooser(options.servers, trans) : null;
+    const status = new StatusBar(
+      this.context,
+      () => this.loop.stats(),
+      recorder?.element ?? null,
+      this.chooser?.element ?? null
+    );
     const transport = replay ? new Transport(this.context, replay.source, replay.manifest, replay.bytes) : null;
     const tiles = new Tiles(this.context);
-    const prompt = replay ? null : new PromptBox(this.context, options.cells ?? (() => null));
+    const instance = options.servers?.instance ?? null;
+    const prompt = replay ? null : new PromptBox(this.context, options.cells ?? (() => null), instance);
+    this.prompt = prompt;
     const traffic = replay ? null : new Traffic(this.context);
     this.switchboard = new Switchboard(this.context);
     const strip = new TokenStrip(this.context);
@@ -231,6 +245,20 @@ export class Workbench {
     this.loop.requestNow();
   }
 
+  /** Take over what somebody arranged and wrote in another workbench, whose place this one takes. */
+  resemble(other: Workbench): void {
+    this.arrangement.resemble(other.arrangement);
+    this.setWindow(Number.isFinite(other.context.windowNs) ? other.context.windowNs / 1e9 : 0);
+    if (this.prompt && other.prompt) {
+      this.prompt.resemble(other.prompt);
+    }
+  }
+
+  /** Let a person choose the server, even if there is only one. */
+  askServer(): void {
+    this.chooser?.ask();
+  }
+
   /** Draw soon: the view may have become visible. */
   refresh(): void {
     this.loop.requestNow();
@@ -258,6 +286,7 @@ export class Workbench {
       }
     }
     this.stops.forEach(stop => stop());
+    this.chooser?.dispose();
     this.loop.dispose();
     [...this.views, ...this.plots].forEach(view => view.dispose?.());
     this.element.remove();

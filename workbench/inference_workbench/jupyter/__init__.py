@@ -1,5 +1,7 @@
 """The Jupyter server extension: ``<base_url>/inference-workbench/…``, one inference server per Jupyter server.
 
+``<base_url>/inference-workbench-servers`` lists all servers of this user, and has each of them below its instance.
+
 Enabled by ``jupyter-config/inference_workbench.json``. Importing it costs a Jupyter server almost nothing: the front
 process is started by the first request that needs it, and neither torch nor the client is imported here.
 """
@@ -17,17 +19,30 @@ RECORDINGS = "recordings"
 """Folder of the server's recordings, in the Jupyter server's root: a double click there opens them."""
 PROXY_NAME = "inference-workbench"
 """Path segment under the Jupyter server's base URL."""
+SERVERS_NAME = "inference-workbench-servers"
+"""Path segment of the list of servers, and above each of them."""
 
 
 def add_handlers(web_app: Any, front: FrontProcess) -> None:
-    """Serve ``front`` under :data:`PROXY_NAME` of a Jupyter server's tornado application."""
+    """Serve ``front`` and the user's other servers from a Jupyter server's tornado application."""
     from jupyter_server.utils import url_path_join  # noqa: PLC0415 -- only there when Jupyter Server loads this
     from jupyter_server_proxy.handlers import AddSlashHandler  # noqa: PLC0415
 
-    from inference_workbench.jupyter.handler import WorkbenchProxyHandler  # noqa: PLC0415
+    from inference_workbench.jupyter.handler import OtherServerProxyHandler, WorkbenchProxyHandler  # noqa: PLC0415
+    from inference_workbench.jupyter.listing import ServersHandler  # noqa: PLC0415
+    from inference_workbench.jupyter.upstream import OwnServer  # noqa: PLC0415
 
     root = url_path_join(web_app.settings["base_url"], PROXY_NAME)
-    web_app.add_handlers(".*", [(root + r"(/.*)", WorkbenchProxyHandler, {"front": front}), (root, AddSlashHandler)])
+    servers = url_path_join(web_app.settings["base_url"], SERVERS_NAME)
+    web_app.add_handlers(
+        ".*",
+        [
+            (root + r"(/.*)", WorkbenchProxyHandler, {"upstream": OwnServer(front)}),
+            (root, AddSlashHandler),
+            (servers, ServersHandler, {"front": front}),
+            (servers + r"/[0-9A-Za-z_-]+(/.*)", OtherServerProxyHandler),
+        ],
+    )
 
 
 def _jupyter_server_extension_points() -> list[dict[str, Any]]:

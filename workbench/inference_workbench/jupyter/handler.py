@@ -1,35 +1,35 @@
-"""Forwards ``<base_url>/inference-workbench/…`` to the front, HTTP and WebSocket, for users whom Jupyter knows.
+"""Forwards HTTP and WebSockets to an inference server, for users whom Jupyter knows.
+
+``<base_url>/inference-workbench/…`` is the server of this Jupyter server, which is started when it is first asked for;
+``<base_url>/inference-workbench-servers/INSTANCE/…`` is any other one of this user that runs.
 
 Authentication, base URL, JupyterHub and the WebSocket relay are jupyter-server-proxy's. HTTP is forwarded here, because
 that package streams an answer only for one exact ``Accept`` header (the ``openai`` client sends another), goes on
 reading when the browser has left (so the engine would generate for nobody), and cannot tell why its child is dead.
 
 What must not travel on: the user's Jupyter credentials (``Authorization``, cookies, ``?token=``). What replaces them is
-the front's own token, which no browser ever sees.
+the server's own token, which no browser ever sees.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-from http import HTTPStatus
-from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlparse
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
-from jupyter_server.base.handlers import JupyterHandler
 from jupyter_server_proxy.handlers import NamedLocalProxyHandler
 from tornado import httputil, web
+from tornado.http1connection import HTTP1Connection
 from tornado.iostream import StreamClosedError
 from yarl import URL
 
-from inference_workbench.jupyter import PROXY_NAME
-from inference_workbench.jupyter.front_process import FrontProcess, FrontUnavailableError
+from inference_workbench.jupyter import PROXY_NAME, SERVERS_NAME
+from inference_workbench.jupyter.front_process import FrontUnavailableError
+from inference_workbench.jupyter.guard import Guarded
+from inference_workbench.jupyter.upstream import Address, AnnouncedServer, ServerEndedError, Upstream
 
 TOKEN_HEADER = "X-Inference-Workbench-Token"  # noqa: S105 -- a header's name
-_UNKNOWN_USER = "Jupyter does not know this user: send its token as 'Authorization: Bearer TOKEN'."
 _NOT_FORWARDED = frozenset(
     {
         # hop by hop (RFC 9110, 7.6.1)
@@ -55,71 +55,24 @@ _NOT_FORWARDED = frozenset(
 )
 
 
-class WorkbenchProxyHandler(NamedLocalProxyHandler):  # type: ignore[misc]
-    """One request to the front, on behalf of an authenticated Jupyter user."""
+class _ServerProxyHandler(Guarded, NamedLocalProxyHandler):  # type: ignore[misc]
+    """One request to a server, on behalf of an authenticated Jupyter user."""
 
-    proxy_base = PROXY_NAME
     port = 0
+    upstream: Upstream
+    _token: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._forwarding: asyncio.Task[None] | None = None
         super().__init__(*args, **kwargs)
-        self.proxy_base = PROXY_NAME
-
-    def initialize(self, front: FrontProcess) -> None:
-        """Receive the front that all requests of this Jupyter server share."""
-        self.front = front
-
-    # -- who may ask -------------------------------------------------------------------------------------------------
 
     async def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse foreign pages and unknown users before anything is started.
-
-        A foreign ``Origin`` is refused even with a valid token, unless Jupyter's own ``allow_origin`` settings admit
-        it, because a page elsewhere has no business driving somebody's GPU.
-        """
-        if not self._origin_is_welcome():
-            message = (
-                f"A page from {self.request.headers['Origin']} may not use this Jupyter server's inference "
-                "server. Allow it with ServerApp.allow_origin if it should."
-            )
-            self._finish_with_error(403, message, "foreign_origin")
-            return
+        """Refuse who may not ask, and keep Jupyter's token out of what travels on."""
         if self.request.headers.get("Upgrade", "").lower() == "websocket":
             # A panel that is merely open must not keep an idle Jupyter server from being culled.
             self.update_last_activity = False
         await super().prepare(*args, **kwargs)
         self.request.query = _without_token(self.request.query)
-
-    def get_login_url(self) -> str:
-        """Answer 401 instead of sending an API client to a login page."""
-        raise web.HTTPError(401, _UNKNOWN_USER)
-
-    def check_xsrf_cookie(self) -> None:
-        """Keep Jupyter's own protection, which the base class turns off; token-authenticated requests need none."""
-        if getattr(self, "_jupyter_current_user", self) is None:
-            raise web.HTTPError(401, _UNKNOWN_USER)
-        JupyterHandler.check_xsrf_cookie(self)
-
-    def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer in OpenAI's error shape: whoever asks here is a program."""
-        error = kwargs.get("exc_info", (None, None, None))[1]
-        message = (error.log_message if isinstance(error, web.HTTPError) else None) or HTTPStatus(status_code).phrase
-        self.set_header("Content-Type", "application/json")
-        self.finish(_error_body(message, "proxy_error", None))
-
-    def check_origin(self, origin: str | None = None) -> bool:
-        """Whether a WebSocket of a page from ``origin`` is accepted."""
-        del origin  # the same as the header's
-        return self._origin_is_welcome()
-
-    def _origin_is_welcome(self) -> bool:
-        origin = self.request.headers.get("Origin")
-        if origin is None or self.allow_origin in {"*", origin}:
-            return True
-        if urlparse(origin).netloc.lower() == self.request.headers.get("Host", "").lower():
-            return True
-        return bool(self.allow_origin_pat and re.match(self.allow_origin_pat, origin))
 
     # -- HTTP --------------------------------------------------------------------------------------------------------
 
@@ -138,32 +91,34 @@ class WorkbenchProxyHandler(NamedLocalProxyHandler):  # type: ignore[misc]
         except FrontUnavailableError as error:
             self.log.warning("Inference Workbench: %s", error)
             self._finish_with_error(503, str(error), "server_unavailable")
+        except ServerEndedError as error:
+            self._finish_with_error(410, str(error), "server_ended")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if self._headers_written:
                 raise
-            message = f"The inference server ended while it was answering ({error}). Ask again: it is started anew."
+            message = f"The inference server ended while it was answering ({error}). {self.upstream.when_lost}"
             self._finish_with_error(502, message, "server_gone")
         finally:
             self._forwarding = None
             self._record_activity()
 
     async def _forward(self) -> None:
-        socket = await self.front.ensure()
+        address = await self.upstream.address()
         try:
-            await self._forward_to(socket)
+            await self._forward_to(address)
         except aiohttp.ClientConnectorError:
             # It died since, and nothing was sent: safe to ask its successor.
-            await self._forward_to(await self.front.replace_silent())
+            await self._forward_to(await self.upstream.address_anew())
 
-    async def _forward_to(self, socket: Path) -> None:
+    async def _forward_to(self, address: Address) -> None:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        connector = aiohttp.UnixConnector(str(socket))
+        self._token = address.token
         headers = self.proxy_request_headers()
         async with (
-            aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session,
+            aiohttp.ClientSession(connector=address.connector(), timeout=timeout, auto_decompress=False) as session,
             session.request(
                 self.request.method,
-                self._target("http"),
+                self._target(address),
                 headers=list(headers.get_all()),
                 data=self.request.body or None,
                 allow_redirects=False,
@@ -188,47 +143,84 @@ class WorkbenchProxyHandler(NamedLocalProxyHandler):  # type: ignore[misc]
         super().on_connection_close()
 
     def _client_left(self) -> bool:
-        return bool(self.request.connection.stream.closed()) if self.request.connection is not None else True
-
-    def _finish_with_error(self, status: int, message: str, code: str) -> None:
-        self.set_status(status)
-        self.set_header("Content-Type", "application/json")
-        self.finish(_error_body(message, "proxy_error", code))
+        connection = self.request.connection
+        return connection.stream.closed() if isinstance(connection, HTTP1Connection) else True
 
     # -- WebSocket ---------------------------------------------------------------------------------------------------
 
     async def open(self, path: str) -> None:
-        """Relay a WebSocket; a front that cannot be started closes it with the reason."""
+        """Relay a WebSocket; a server that cannot be reached closes it with the reason."""
         try:
-            self.unix_socket = str(await self.front.ensure())
-        except FrontUnavailableError as error:
+            address = await self.upstream.address()
+        except (FrontUnavailableError, ServerEndedError) as error:
             self.log.warning("Inference Workbench: %s", error)
             # A close frame holds 123 bytes of reason.
             self.close(1013, str(error).encode()[:120].decode(errors="ignore"))
             return
-        await super().open(path)
+        self._token = address.token
+        if address.uds is not None:
+            self.unix_socket = address.uds
+            await super().open(path)
+            return
+        target = URL(address.base)
+        self.host_allowlist = [target.host]  # of this machine: see address_of
+        try:
+            await self.proxy_open(target.host, target.port, path)
+        except OSError as error:
+            self.close(1013, f"The inference server does not answer: {error}".encode()[:120].decode(errors="ignore"))
 
     # -- both --------------------------------------------------------------------------------------------------------
 
     def proxy_request_headers(self) -> httputil.HTTPHeaders:
-        """Return the client's headers without Jupyter's credentials, and with the front's token."""
+        """Return the client's headers without Jupyter's credentials, and with the server's token."""
         headers = httputil.HTTPHeaders()
         for name, value in self.request.headers.get_all():
             if name.lower() not in _NOT_FORWARDED:
                 headers.add(name, value)
-        headers[TOKEN_HEADER] = self.front.token
-        headers["X-Forwarded-Prefix"] = f"{self.base_url.rstrip('/')}/{PROXY_NAME}"
+        headers[TOKEN_HEADER] = self._token
+        headers["X-Forwarded-Prefix"] = self._prefix
         return headers
 
-    def _target(self, scheme: str) -> URL:
-        prefix = f"{self.base_url.rstrip('/')}/{PROXY_NAME}"
-        path = self.request.path[len(prefix) :] or "/"
+    @property
+    def _prefix(self) -> str:
+        """Of the path, what the server behind does not know."""
+        return f"{self.base_url.rstrip('/')}/{self.proxy_base}"
+
+    def _target(self, address: Address) -> URL:
+        path = self.request.path[len(self._prefix) :] or "/"
         query = f"?{self.request.query}" if self.request.query else ""
-        return URL(f"{scheme}://localhost{path}{query}", encoded=True)
+        return URL(f"{address.base}{path}{query}", encoded=True)
 
 
-def _error_body(message: str, kind: str, code: str | None) -> str:
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+class WorkbenchProxyHandler(_ServerProxyHandler):
+    """One request to this Jupyter server's own server."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.proxy_base = PROXY_NAME
+
+    def initialize(self, upstream: Upstream) -> None:
+        """Receive the server that all requests share."""
+        self.upstream = upstream
+
+
+class OtherServerProxyHandler(_ServerProxyHandler):
+    """One request to a server that announced itself; the path says which."""
+
+    async def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Say at once, also to a WebSocket, that a server has ended: a browser is told no other way."""
+        root = f"{self.base_url.rstrip('/')}/{SERVERS_NAME}/"
+        instance = self.request.path[len(root) :].partition("/")[0]
+        self.proxy_base = f"{SERVERS_NAME}/{instance}"
+        self.upstream = AnnouncedServer(instance)
+        await super().prepare(*args, **kwargs)
+        if not self._finished:
+            try:
+                await self.upstream.address()
+            except ServerEndedError as error:
+                self._finish_with_error(410, str(error), "server_ended")
+            except FrontUnavailableError as error:
+                self._finish_with_error(503, str(error), "server_unavailable")
 
 
 def _without_token(query: str) -> str:
