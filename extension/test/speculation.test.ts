@@ -3,6 +3,7 @@ import { test } from 'node:test';
 
 import type { Gain } from '../src/telemetry/speculation';
 import type { StepEvent, TokensEvent } from '../src/telemetry/protocol';
+import { latencies } from '../src/telemetry/latencies';
 import { Kind, Origin } from '../src/telemetry/protocol';
 import { acceptanceLength, gapsOf, proposalBehind, proposalsOf, speculation } from '../src/telemetry/speculation';
 import { TelemetryStore } from '../src/telemetry/store';
@@ -173,4 +174,18 @@ test('a step and a token are told apart where a step says several', () => {
   );
   assert.deepEqual(gapsOf(store.requests.get(1)!.tokens), { stepNs: (92 / 3) * MS, tokenNs: (92 / 6) * MS });
   assert.equal(gapsOf(store.requests.get(1)!.tokens.slice(1, 4)), null);
+});
+
+test('the gap between steps and the time of a token are told apart where a step says several', () => {
+  const store = connected();
+  const several = (number: number, index: number, itlMs: number, sentMs: number): TokensEvent => {
+    const event = tokens(number, [1, 1], index, itlMs, sentMs);
+    return { ...event, index: [index, index + 1], latency_ns: [itlMs * MS, 0] };
+  };
+  store.applyFrame(frame(1, [verify(1, [1], [1]), several(1, 1, 30, 30), verify(2, [1], [1]), several(2, 3, 50, 80)]));
+  const made = store.metrics(Infinity);
+  assert.deepEqual([made.itlP50Ms, made.itlCount, made.perTokenMs], [40, 2, 20]);
+  assert.deepEqual(latencies(store, Infinity).itl, [50, 30]);
+  store.applyFrame(frame(2, [step(3, [1], Kind.Decode), tokens(3, [1], 5, 40, 120)]));
+  assert.equal(store.metrics(10 * MS).perTokenMs, null, 'every step of the window says one');
 });

@@ -347,7 +347,8 @@ export class Timeline {
         batch: step === null ? null : step.request.length,
         kind: share < 0 ? null : step!.kind[share],
         parts: parts === null || Number.isNaN(parts[0][row]) ? null : parts.map(column => column[row]),
-        origin: tokens.origin[row] || Origin.Plain
+        origin: tokens.origin[row] || Origin.Plain,
+        follows: row > 0 && tokens.request[row - 1] === request && tokens.step[row - 1] === tokens.step[row]
       };
       this.tokenRecords[row] = record;
     }

@@ -80,7 +80,9 @@ function side(store: TelemetryStore, steps: readonly StepRecord[]): Side {
     }
     if (numbers.has(token.step)) {
       tokens += 1;
-      (token.index > 0 ? itl : ttft).push(token.latencyNs / 1e6);
+      if (!token.follows) {
+        (token.index > 0 ? itl : ttft).push(token.latencyNs / 1e6);
+      }
     }
   }
   const busyNs = steps.reduce((sum, { event }) => sum + event.end_ns - event.begin_ns + (event.before_ns ?? 0), 0);

@@ -10,8 +10,8 @@ export const LATENCIES: readonly LatencyName[] = ['ttft', 'itl', 'tpot', 'e2e'];
 export const QUANTILES: readonly number[] = [0.5, 0.9, 0.95, 0.99, 1];
 
 /**
- * Every value in the newest `windowNs`, ms: TTFT and ITL of the tokens that were sent in it, the newest first, TPOT and E2E
- * of the requests that finished in it.
+ * Every value in the newest `windowNs`, ms: TTFT and ITL of the tokens that were sent in it, the newest first (of several
+ * that one step said, the first: the others came with it), TPOT and E2E of the requests that finished in it.
  */
 export function latencies(store: TelemetryStore, windowNs: number): Record<LatencyName, number[]> {
   const found: Record<LatencyName, number[]> = { ttft: [], itl: [], tpot: [], e2e: [] };
@@ -21,7 +21,9 @@ export function latencies(store: TelemetryStore, windowNs: number): Record<Laten
   }
   const since = newest.sentNs - windowNs;
   for (const token of tokensWithin(store, windowNs).reverse()) {
-    (token.index === 0 ? found.ttft : found.itl).push(token.latencyNs / 1e6);
+    if (!token.follows) {
+      (token.index === 0 ? found.ttft : found.itl).push(token.latencyNs / 1e6);
+    }
   }
   for (const { event } of store.requests.values()) {
     const last = event?.last_token_ns ?? null;

@@ -58,6 +58,8 @@ export interface TokenRecord {
   /** Where the latency went, ns, in the order of `PARTS`; `null` where it was not measured. */
   parts: readonly number[] | null;
   origin: Origin;
+  /** Said by the same step as the request's token before it, so that its latency is no gap between steps. */
+  follows: boolean;
 }
 
 export interface RequestRecord {
@@ -90,9 +92,12 @@ export interface FeedEntry {
 export interface Metrics {
   /** Output tokens per second of all requests over the window. */
   outputRate: number | null;
+  /** Of the gaps between steps: tokens that came with another one are left out. */
   itlP50Ms: number | null;
   itlP95Ms: number | null;
   itlCount: number;
+  /** Mean time of a token after the first, ms, where steps said several at once; else null, and the same as the ITL. */
+  perTokenMs: number | null;
   /** Of the requests that began within the window, or, if none did, of the newest one. */
   ttftP50Ms: number | null;
   /** How many began within the window. */
@@ -375,6 +380,8 @@ export class TelemetryStore {
     const newest = this.tokens.at(-1);
     const itl: number[] = [];
     const ttft: number[] = [];
+    let following = 0;
+    let followingMs = 0;
     let outputRate: number | null = null;
     if (newest) {
       const since = newest.sentNs - windowNs;
@@ -387,7 +394,12 @@ export class TelemetryStore {
         }
         oldest = Math.min(oldest, token.sentNs);
         count += 1;
-        (token.index === 0 ? ttft : itl).push(token.latencyNs / 1e6);
+        if (token.follows) {
+          following += 1;
+          followingMs += token.latencyNs / 1e6;
+        } else {
+          (token.index === 0 ? ttft : itl).push(token.latencyNs / 1e6);
+        }
       }
       // The oldest tokens open the span; only what came after them was made within it.
       let opening = 0;
@@ -413,6 +425,7 @@ export class TelemetryStore {
       itlP50Ms,
       itlP95Ms,
       itlCount: itl.length,
+      perTokenMs: following > 0 ? itl.reduce((sum, each) => sum + each, followingMs) / (itl.length + following) : null,
       ttftP50Ms: lastTtft === null ? ttftP50Ms : lastTtft.latencyNs / 1e6,
       ttftCount: ttft.length,
       kvBlocks: kv ? (released ? 0 : kv.used_blocks / Math.max(1, kv.total_blocks)) : null,
@@ -516,7 +529,8 @@ export class TelemetryStore {
         batch: null,
         kind: null,
         parts: event.parts?.length ? event.parts.map(each => each[index]) : null,
-        origin: event.origin?.[index] ?? Origin.Plain
+        origin: event.origin?.[index] ?? Origin.Plain,
+        follows: this.requests.get(event.request[index])?.tokens.at(-1)?.step === event.step
       };
       if (step) {
         complete(token, step);

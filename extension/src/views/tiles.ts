@@ -36,7 +36,7 @@ export class Tiles implements View {
       'itl',
       trans.__('Inter-token latency'),
       trans.__(
-        'ITL: gap between two consecutive tokens of one request, as sent by the front. Median and 95th percentile of all gaps in the window. First tokens are not counted: they are TTFT.'
+        'ITL: gap between two consecutive tokens of one request, as sent by the front. Median and 95th percentile of all gaps in the window. First tokens are not counted: they are TTFT. Of several tokens of one speculating step the first counts; the mean time of a token stands beside.'
       )
     );
     this.ttft = this.tile(
@@ -92,7 +92,14 @@ export class Tiles implements View {
       this.itl.note,
       metrics.itlP95Ms === null
         ? trans.__('p50 · no gap yet')
-        : trans.__('p50 · p95 %1 ms · %2 gaps', significant(metrics.itlP95Ms), metrics.itlCount)
+        : metrics.perTokenMs === null
+          ? trans.__('p50 · p95 %1 ms · %2 gaps', significant(metrics.itlP95Ms), metrics.itlCount)
+          : trans.__(
+              'p50 · p95 %1 ms · %2 gaps; %3 ms a token (mean)',
+              significant(metrics.itlP95Ms),
+              metrics.itlCount,
+              significant(metrics.perTokenMs)
+            )
     );
     fill(this.ttft, metrics.ttftP50Ms, 'ms');
     setText(
