@@ -1,8 +1,9 @@
-"""The process in which Chromium runs a page that this one has opened, as the operating system counts its work."""
+"""The process in which Chromium runs a page that this one has opened: its work and its memory."""
 
 from __future__ import annotations
 
 import psutil
+from playwright.sync_api import CDPSession
 
 
 def page_process() -> psutil.Process:
@@ -18,3 +19,10 @@ def page_process() -> psutil.Process:
 def main_thread_s(page: psutil.Process) -> float:
     """Return the CPU seconds of a page's main thread; Chromium's own count has waiting for a core in it."""
     return next(thread.user_time + thread.system_time for thread in page.threads() if thread.id == page.pid)
+
+
+def page_memory(session: CDPSession) -> dict[str, int]:
+    """Live bytes of the page's heap, and its DOM nodes, after what nobody holds any more was collected."""
+    session.send("HeapProfiler.collectGarbage")
+    counters = session.send("Memory.getDOMCounters")
+    return {"page_heap": session.send("Runtime.getHeapUsage")["usedSize"], "page_nodes": counters["nodes"]}

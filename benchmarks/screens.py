@@ -6,7 +6,7 @@
 
 ``busy-panel`` has an engine that sleeps instead of computing: no model is that fast on a CPU, and everything behind the
 engine is real. A token's age is taken on the server's clock after the frame with it was shown, as the page itself
-does it. CPU time is the operating system's.
+does it. CPU time is the operating system's. Memory is taken halfway and at the end, after a collection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import rows  # noqa: E402
 from bpe_tokenizer import train_tokenizer  # noqa: E402
 from chromium import FLAGS, find_chromium  # noqa: E402
 from jupyterlab import TOKEN, JupyterLab, running_jupyterlab  # noqa: E402
-from page_process import main_thread_s, page_process  # noqa: E402
+from page_process import main_thread_s, page_memory, page_process  # noqa: E402
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
 from running_front import scripted_command  # noqa: E402
 from streams import Server, stream  # noqa: E402
@@ -38,6 +38,7 @@ from workbench_page import open_panel, open_widget, stats  # noqa: E402
 
 WIDGET = "import inference_workbench as iw\nwb = iw.connect()\nwb.panel()"
 PACKAGES = ("torch", "jupyterlab", "ipykernel", "bokeh", "playwright")
+UNITS = {"_ms": "ms", "_per_s": "1/s", "_cores": "cores", "_heap": "byte"}
 FRAMES = """seconds => new Promise(done => {
   const began = performance.now();
   let frames = 0;
@@ -97,13 +98,15 @@ def processes(lab: JupyterLab) -> dict[str, psutil.Process]:
 
 def measure(page: Page, lab: JupyterLab, load: Load, seconds: float) -> dict[str, float]:
     """Let it run and return what it cost."""
-    renderer, others = page_process(), processes(lab)
+    renderer, others, session = page_process(), processes(lab), page.context.new_cdp_session(page)
     load.start()
     page.wait_for_timeout(5000)
     page.evaluate("window.inferenceWorkbench.resetStats()")
     begin, busy = time.monotonic(), main_thread_s(renderer)
     before = {name: cpu_s(process) for name, process in others.items()}
-    fps = page.evaluate(FRAMES, seconds)
+    page.evaluate(FRAMES, seconds / 2)
+    halfway = page_memory(session)
+    fps = page.evaluate(FRAMES, seconds / 2)
     wall = time.monotonic() - begin
     measured = stats(page)
     found = {
@@ -115,6 +118,8 @@ def measure(page: Page, lab: JupyterLab, load: Load, seconds: float) -> dict[str
         "dropped_events": measured["dropped"],
         "page_main_thread_cores": (main_thread_s(renderer) - busy) / wall,
     }
+    for name, value in page_memory(session).items():
+        found |= {f"{name}_halfway": halfway[name], f"{name}_at_the_end": value}
     found |= {f"{name}_cores": (cpu_s(process) - before[name]) / wall for name, process in others.items()}
     load.over = True
     return found
@@ -150,8 +155,7 @@ def main() -> None:
     case = {"subject": "ours", "home": options.home, "requests": requests, "seconds": seconds}
     result = []
     for name, value in found.items():
-        unit = "ms" if name.endswith("_ms") else "1/s" if name.endswith("per_s") else "cores"
-        unit = "1" if name == "dropped_events" else unit
+        unit = next((unit for part, unit in UNITS.items() if part in name), "1")
         print(f"{name:>28} {value:,.3f} {unit}")
         result.append(case | {"metric": name, "value": round(value, 3), "unit": unit})
     if not options.no_record:

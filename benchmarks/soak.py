@@ -27,8 +27,8 @@ import psutil  # noqa: E402
 import rows  # noqa: E402
 from chromium import FLAGS, find_chromium  # noqa: E402
 from jupyterlab import TOKEN, JupyterLab, running_jupyterlab  # noqa: E402
-from page_process import page_process  # noqa: E402
-from playwright.sync_api import CDPSession, sync_playwright  # noqa: E402
+from page_process import page_memory, page_process  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
 from recording import attribution  # noqa: E402
 from streams import Server, steady_load  # noqa: E402
 from workbench_page import open_panel, stats  # noqa: E402
@@ -58,13 +58,6 @@ class Load(threading.Thread):
         while time.monotonic() < self._until:
             seed += 1
             self.tokens += asyncio.run(steady_load(self._server, streams=self._streams, total_tokens=4_000, seed=seed))
-
-
-def page_memory(session: CDPSession) -> dict[str, int]:
-    """Live bytes of the page's heap, and its DOM nodes, after what nobody holds any more was collected."""
-    session.send("HeapProfiler.collectGarbage")
-    counters = session.send("Memory.getDOMCounters")
-    return {"page_heap": session.send("Runtime.getHeapUsage")["usedSize"], "page_nodes": counters["nodes"]}
 
 
 def resident(lab: JupyterLab, renderer: psutil.Process) -> dict[str, int]:
