@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import sys
 import tempfile
 import threading
@@ -73,9 +74,12 @@ class Load(threading.Thread):
         await asyncio.gather(*(self._one(number) for number in range(self._streams)))
 
     async def _one(self, number: int) -> None:
+        rng = random.Random(number)
         prompt = [5 + (number * 7 + at) % 8 for at in range(24)]
         while not self.over:
-            await stream(self._server, prompt, self._tokens, stream=self._streaming)
+            # Of many lengths, so that they do not all end in the same step.
+            tokens = rng.randint(self._tokens // 2, 3 * self._tokens // 2)
+            await stream(self._server, prompt, tokens, stream=self._streaming)
 
 
 def cpu_s(process: psutil.Process) -> float:
