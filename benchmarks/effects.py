@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
