@@ -50,48 +50,48 @@ STUBBORN: dict[str, FeatureValue] = {
 }
 COMPARED = {
     "KV cache": Case(
-        "two short questions at once",
+        "short questions, two at once",
         {"kv_cache": False},
         {"kv_cache": True},
         iw.workload("chat", concurrency=2, output_tokens=32, ignore_eos=True),
-        4,
+        2,
     ),
     "prefix cache": Case(
-        "400 tokens of instructions before every question, two at once",
+        "400 tokens of instructions before every question, one at a time",
         {"prefix_cache_read": False},
         {"prefix_cache_read": True},
-        iw.workload("shared prefix", concurrency=2, output_tokens=16, ignore_eos=True),
-        6,
+        iw.workload("shared prefix", concurrency=1, output_tokens=8, ignore_eos=True),
+        4,
     ),
     "continuous batching": Case(
-        "eight short questions at once",
+        "short questions, eight at once",
         {"batching": "single"},
         {"batching": "continuous"},
-        iw.workload("chat", concurrency=8, output_tokens=(16, 48), ignore_eos=True),
-        16,
+        iw.workload("chat", concurrency=8, output_tokens=(8, 24), ignore_eos=True),
+        12,
     ),
     "speculation, repetitive": Case(
         "functions to mend, one at a time: answers repeat the prompt",
         *NGRAM,
-        iw.workload("code", concurrency=1, output_tokens=96, ignore_eos=True),
-        4,
+        iw.workload("code", concurrency=1, output_tokens=64, ignore_eos=True),
+        3,
     ),
     "speculation, chat": Case(
         "short questions, one at a time",
         *NGRAM,
-        iw.workload("chat", concurrency=1, output_tokens=96, ignore_eos=True),
-        4,
+        iw.workload("chat", concurrency=1, output_tokens=64, ignore_eos=True),
+        3,
     ),
 }
 CROSSED = {
     "speculation over concurrency": Case(
-        "functions to mend, 8 tokens proposed whether that pays or not",
+        "short questions, 8 tokens proposed whether that pays or not",
         {"speculation": "off"},
         STUBBORN,
-        iw.workload("code", output_tokens=48, ignore_eos=True),
-        16,
+        iw.workload("chat", output_tokens=32, ignore_eos=True),
+        8,
         "concurrency",
-        (1, 2, 4, 8, 16),
+        (1, 2, 4, 8),
     ),
 }
 
