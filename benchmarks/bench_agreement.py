@@ -50,7 +50,10 @@ class Run(NamedTuple):
 
 def ours(arguments: argparse.Namespace, target: Target, data: Path) -> Figures:
     """Run our own client."""
-    figures = bench(target, iw.from_jsonl(data, concurrency=arguments.concurrency), warm_up=0).figures()
+    read = iw.from_jsonl(data, concurrency=arguments.concurrency)
+    requests = [msgspec.structs.replace(each, extra=arguments.body) for each in read.requests]
+    load = msgspec.structs.replace(read, requests=requests)
+    figures = bench(target, load, warm_up=0).figures()
     expect_tokens(arguments, figures["total_output_tokens"] or 0)
     names = dict(zip(METRICS, ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throughput"), strict=True))
     return {metric: float(figures[name] or 0) for metric, name in names.items()}
@@ -61,12 +64,19 @@ def theirs(arguments: argparse.Namespace, target: Target, data: Path) -> Figures
     count = arguments.requests
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        backend = f"kind=openai_http,target={arguments.url},model={target.model},request_format=/v1/completions"
+        backend = {
+            "kind": "openai_http",
+            "target": arguments.url,
+            "model": target.model,
+            "request_format": "/v1/completions",
+            "validate_backend": False,  # it asks for /health, which not every server has
+            "extras": {"body": {"temperature": 0, **arguments.body}},
+        }
         if arguments.token:
-            backend += f",api_key={arguments.token}"
+            backend["api_key"] = arguments.token
         command = [
             arguments.guidellm, "run", "--disable-console",
-            "--backend", backend,
+            "--backend", json.dumps(backend),
             "--profile", f"kind=concurrent,streams={arguments.concurrency}",
             "--constraint", f"kind=max_requests,count={count}",
             "--tokenizer", f"kind=huggingface_auto,model={arguments.tokenizer}",
@@ -192,6 +202,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--body", type=json.loads, default={}, help="more for every request's body, as JSON")
     parser.add_argument("--core", type=int, help="the processor that both clients have to themselves")
     arguments = parser.parse_args()
     hardware = cpu_name()
