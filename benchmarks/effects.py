@@ -46,7 +46,7 @@ NGRAM = ({"speculation": "off"}, {"speculation": "ngram"})
 STUBBORN: dict[str, FeatureValue] = {
     "speculation": "ngram",
     "adaptive_speculation": False,
-    "num_speculative_tokens": 8,
+    "num_speculative_tokens": 16,
 }
 COMPARED = {
     "KV cache": Case(
@@ -85,13 +85,13 @@ COMPARED = {
 }
 CROSSED = {
     "speculation over concurrency": Case(
-        "short questions, 8 tokens proposed whether that pays or not",
+        "functions to mend, 16 tokens proposed whether that pays or not",
         {"speculation": "off"},
         STUBBORN,
-        iw.workload("chat", output_tokens=32, ignore_eos=True),
-        8,
+        iw.workload("code", output_tokens=24, ignore_eos=True),
+        16,
         "concurrency",
-        (1, 2, 4, 8),
+        (2, 4, 8, 16),
     ),
 }
 
