@@ -9,6 +9,7 @@ latency of a request is our TPOT, and output tokens per second run from the firs
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -46,6 +47,8 @@ class Run(NamedTuple):
     """``None`` for a server that does not tell."""
     busy: float
     """Processors that the client kept busy while its requests were under way."""
+    apart_ms: float
+    """Median time from a request's arrival to the nearest other's: requests that come together share a step."""
 
 
 def ours(arguments: argparse.Namespace, target: Target, data: Path) -> Figures:
@@ -129,12 +132,15 @@ def watched(client: Callable[[argparse.Namespace, Target, Path], Figures], *give
         sampler.join()
     events = [each for each in told(target) if each["id"] not in before]
     if not events:
-        return Run(figures, None, float("nan"))
+        return Run(figures, None, float("nan"), float("nan"))
     assert len(events) == given[0].requests, f"the server tells of {len(events)} requests"
     begin, end = min(each["arrival_ns"] for each in events), max(each["last_token_ns"] for each in events)
     within = [seconds for at, seconds in samples if begin <= at <= end]
     times = [at for at, _ in samples if begin <= at <= end]
     busy = (within[-1] - within[0]) / ((times[-1] - times[0]) / 1e9) if len(times) > 1 else float("nan")
+    arrivals = sorted(each["arrival_ns"] for each in events)
+    gaps = [float("inf"), *((later - at) / 1e6 for at, later in itertools.pairwise(arrivals)), float("inf")]
+    apart_ms = statistics.median(min(before, after) for before, after in itertools.pairwise(gaps))
     output = [each["output_tokens"] for each in events]
     server = {
         "ttft_ms": statistics.fmean(each["first_token_ns"] - each["arrival_ns"] for each in events) / 1e6,
@@ -145,7 +151,7 @@ def watched(client: Callable[[argparse.Namespace, Target, Path], Figures], *give
         "e2e_ms": statistics.fmean(each["last_token_ns"] - each["arrival_ns"] for each in events) / 1e6,
         "output_tokens_per_s": sum(output) / ((end - begin) / 1e9),
     }
-    return Run(figures, server, busy)
+    return Run(figures, server, busy, apart_ms)
 
 
 def told(target: Target) -> list[dict[str, Any]]:
@@ -261,10 +267,13 @@ def report(arguments: argparse.Namespace, runs: list[dict[str, Run]], hardware: 
     clocked = "of_rulers" in rows[0]
     rows.append({"metric": "max_disagreement_with_peer_client", "value": largest["of_clients"], "spread": 0})
     busy: dict[str, float] = {}
+    apart: dict[str, float] = {}
     if clocked:
         rows.append({"metric": "max_disagreement_of_rulers", "value": largest["of_rulers"], "spread": 0})
         busy = {who: round(statistics.median(made[who].busy for made in runs), 3) for who in CLIENTS}
+        apart = {who: round(statistics.median(made[who].apart_ms for made in runs), 2) for who in CLIENTS}
         print("processors kept busy by the client:", busy)
+        print("ms from an arrival to the nearest other, median:", apart)
     common = {
         "subject": "ours",
         "peer": "guidellm",
@@ -274,6 +283,7 @@ def report(arguments: argparse.Namespace, runs: list[dict[str, Run]], hardware: 
         "output_tokens": arguments.output_tokens,
         "clients_core": arguments.core,
         "client_processors_busy": busy,
+        "arrivals_apart_ms": apart,
         "unit": "fraction",
         "runs": len(runs),
     }
