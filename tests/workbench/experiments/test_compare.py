@@ -1,5 +1,6 @@
 """Comparisons on a real server: what they find, what they leave behind, and how they go on after a crash."""
 
+import math
 import threading
 import time
 
@@ -8,7 +9,7 @@ from jupyter_client.manager import start_new_kernel
 from servers_under_test import python_path
 
 import inference_workbench as iw
-from inference_workbench.experiments.compare import Comparison
+from inference_workbench.experiments.compare import Comparison, _changes
 from inference_workbench.experiments.journal import Journal
 from inference_workbench.experiments.sites import OwnServer
 
@@ -38,6 +39,12 @@ def test_a_large_effect_is_found_with_the_right_sign_and_said_in_words(one_by_on
     assert ttft.p <= 0.05
     assert "TTFT is" in result.verdict
     assert "worse" in result.summary()
+
+
+def test_a_change_and_its_bounds_are_said_in_one_unit():
+    assert _changes(math.log(0.4), math.log(0.3), math.log(0.6)) == ["0.40×", "0.30×", "0.60×"]
+    assert _changes(math.log(0.9), math.log(0.8), math.log(1.1)) == ["-10.0 %", "-20.0 %", "+10.0 %"]
+    assert _changes(-math.inf, math.inf) == ["anything", "anything"]
 
 
 def test_neither_batching_nor_the_kv_cache_changes_an_output(one_by_one):
