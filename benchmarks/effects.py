@@ -89,9 +89,9 @@ CROSSED = {
         {"speculation": "off"},
         STUBBORN,
         iw.workload("code", output_tokens=24, ignore_eos=True),
-        16,
+        32,
         "concurrency",
-        (2, 4, 8, 16),
+        (2, 8, 32),
     ),
 }
 
