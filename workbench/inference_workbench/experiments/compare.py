@@ -160,15 +160,15 @@ class Comparison(BlockedResult):
         level = f"{self.confidence:.0%}"
         if not found:
             tpot = self.findings["tpot_ms"].effect
+            low, high = _changes(tpot.low, tpot.high)
             return (
                 f"No difference found with {len(self.pairs)} pairs at {level}. If there is one in TPOT, it is between "
-                f"{_change(tpot.low)} and {_change(tpot.high)}."
+                f"{low} and {high}."
             )
-        told = [
-            f"{finding.title} is {_change(finding.effect.estimate)} ({_change(finding.effect.low)} to "
-            f"{_change(finding.effect.high)}), {finding.verdict}"
-            for finding in found
-        ]
+        told = []
+        for finding in found:
+            effect, low, high = _changes(finding.effect.estimate, finding.effect.low, finding.effect.high)
+            told.append(f"{finding.title} is {effect} ({low} to {high}), {finding.verdict}")
         return f"With the candidate, {'; '.join(told)} ({level} intervals, {len(self.pairs)} pairs)."
 
     def table(self) -> pd.DataFrame:
@@ -322,8 +322,11 @@ def _settings(values: Mapping[str, FeatureValue]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in values.items()) or "the server's own"
 
 
-def _change(log_ratio: float) -> str:
-    if not np.isfinite(log_ratio):
-        return "anything"
-    ratio = float(np.exp(log_ratio))
-    return f"{ratio:.2f}×" if ratio >= 2 or ratio <= 0.5 else f"{100 * (ratio - 1):+.1f} %"
+def _changes(*log_ratios: float) -> list[str]:
+    """Say a change and its bounds alike: as factors where one of them is a half or twice and more, else in percent."""
+    ratios = [float(np.exp(each)) for each in log_ratios]
+    as_factors = any(np.isfinite(ratio) and not 0.5 < ratio < 2 and ratio > 0 for ratio in ratios)
+    return [
+        "anything" if not np.isfinite(log_ratio) else f"{ratio:.2f}×" if as_factors else f"{100 * (ratio - 1):+.1f} %"
+        for log_ratio, ratio in zip(log_ratios, ratios, strict=True)
+    ]
