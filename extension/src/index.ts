@@ -5,7 +5,8 @@
 
 import type { JupyterFrontEnd, JupyterFrontEndPlugin } from '@jupyterlab/application';
 import { ILayoutRestorer, IRouter } from '@jupyterlab/application';
-import { ICommandPalette, MainAreaWidget, WidgetTracker } from '@jupyterlab/apputils';
+import type { MainAreaWidget } from '@jupyterlab/apputils';
+import { ICommandPalette, WidgetTracker } from '@jupyterlab/apputils';
 import { ILauncher } from '@jupyterlab/launcher';
 import { INotebookTracker } from '@jupyterlab/notebook';
 import { ISettingRegistry } from '@jupyterlab/settingregistry';
@@ -14,7 +15,7 @@ import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 
 import { workbenchIcon } from './lab/icon';
 import { insertCell, insertConnectCell } from './lab/notebook-cell';
-import { freePanelId, WorkbenchPanel } from './lab/panel';
+import { freePanelId, tabOf, WorkbenchPanel } from './lab/panel';
 import { recordingsPlugin } from './lab/recordings-plugin';
 import { InferenceServers } from './lab/server';
 import { OWN_SERVER } from './lab/server-names';
@@ -87,15 +88,12 @@ const panelPlugin: JupyterFrontEndPlugin<void> = {
             server: chosen ?? OWN_SERVER,
             heading: trans.__('Inference Workbench')
           });
-          const made = new MainAreaWidget({ content });
-          made.id = id ?? freePanelId(each => tracker.find(other => other.id === each) !== undefined);
-          made.title.icon = workbenchIcon;
-          made.title.closable = true;
-          made.toolbar.hide();
-          void tracker.add(made);
-          made.title.changed.connect(() => void tracker.save(made));
+          const made = tabOf(
+            content,
+            id ?? freePanelId(each => tracker.find(other => other.id === each) !== undefined),
+            tracker
+          );
           content.onServer(shown => {
-            void tracker.save(made);
             if (tracker.currentWidget === made) {
               server.select(shown);
             }

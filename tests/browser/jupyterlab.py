@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
+
+from processes import end, free_port
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "token-of-the-browser-test"
@@ -84,19 +84,12 @@ def _environment(folder: Path) -> dict[str, str]:
     return env
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def running_server(lab: JupyterLab, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run one more inference server, started on a command line where JupyterLab finds it, until the block ends."""
     env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(lab.folder / "runtime")}
     env |= {"INFERENCE_WORKBENCH_RECORDING_FOLDER": str(folder), "PYTHONPATH": f"{ROOT / 'server'}"}
-    command = [sys.executable, "-m", "inference_server.cli", "serve", "--port", str(_free_port())]
+    command = [sys.executable, "-m", "inference_server.cli", "serve", "--port", str(free_port())]
     command += ["--kv-memory", "256M", "--packed-memory", "64M"]
     log = folder / "server.log"
     with log.open("w") as output:
@@ -104,18 +97,13 @@ def running_server(lab: JupyterLab, folder: Path) -> Iterator[subprocess.Popen[b
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, 20)
 
 
 @contextlib.contextmanager
 def running_jupyterlab(folder: Path, base_url: str = "/") -> Iterator[JupyterLab]:
     """Run JupyterLab on a copy of the lessons until the block ends."""
-    port = _free_port()
+    port = free_port()
     root = folder / "root"
     lessons = ROOT / "notebooks"
     if lessons.exists():
@@ -142,9 +130,4 @@ def running_jupyterlab(folder: Path, base_url: str = "/") -> Iterator[JupyterLab
             time.sleep(0.1)
         yield lab
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, 15)

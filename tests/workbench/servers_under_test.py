@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import httpx
 
 import inference_workbench as iw
+from processes import end, free_port
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "jupyter-token-of-the-test"
@@ -20,12 +19,6 @@ TOKEN = "jupyter-token-of-the-test"
 
 def python_path():
     return os.pathsep.join([str(ROOT / "server"), str(ROOT / "workbench"), str(Path(__file__).parent)])
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class JupyterServer:
@@ -72,12 +65,7 @@ def running_jupyter(folder, extension, base_url="/", **environment):
             time.sleep(0.1)
         yield JupyterServer(process, url, log)
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end(process, 10)
 
 
 class InferenceServer:

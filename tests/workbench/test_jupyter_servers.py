@@ -8,13 +8,14 @@ import time
 import httpx
 import msgspec
 import pytest
-from servers_under_test import TOKEN, InferenceServer, free_port, running_jupyter, wait_for_socket
+from servers_under_test import TOKEN, InferenceServer, running_jupyter, wait_for_socket
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 import inference_workbench as iw
 from inference_server import discovery
 from inference_server.discovery import ServerFile
+from processes import free_port
 
 PREFIX = "inference-workbench-servers"
 

@@ -229,13 +229,10 @@ def find_or_start(
     ServerGoneError
         If a server was named and does not answer.
     """
-    if instance is not None:
-        chosen = RunningServer(_endpoint_of_instance(instance))
-        chosen.revive()
-        return chosen
     url = url or os.environ.get("INFERENCE_WORKBENCH_URL")
-    if url is not None or uds is not None:
-        named = RunningServer(_named_endpoint(url, token, uds))
+    if instance is not None or url is not None or uds is not None:
+        endpoint = _named_endpoint(url, token, uds) if instance is None else _endpoint_of_instance(instance)
+        named = RunningServer(endpoint)
         named.revive()
         return named
     if start and arguments:  # a server of one's own was asked for

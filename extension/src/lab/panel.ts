@@ -1,5 +1,7 @@
 /** The workbench as a JupyterLab main-area widget, over a server that can be exchanged. */
 
+import type { WidgetTracker } from '@jupyterlab/apputils';
+import { MainAreaWidget } from '@jupyterlab/apputils';
 import type { Message } from '@lumino/messaging';
 import { Widget } from '@lumino/widgets';
 
@@ -8,7 +10,8 @@ import type { OfferedServer, ServerHost } from '../views/server-chooser';
 import { untranslated } from '../views/translation';
 import type { WorkbenchOptions } from '../views/workbench';
 import { Workbench } from '../views/workbench';
-import { idOf, OWN_SERVER } from './server-names';
+import { workbenchIcon } from './icon';
+import { idsOf, OWN_SERVER } from './server-names';
 import type { HeldServer, IInferenceServer } from './tokens';
 
 /** Id of the panel that is opened first. */
@@ -21,6 +24,23 @@ export function freePanelId(isTaken: (id: string) => boolean): string {
     id = `${PANEL_ID}-${number}`;
   }
   return id;
+}
+
+/** Make the tab of a panel, and let `tracker` bring it back after a reload, with the server that it shows by then. */
+export function tabOf(
+  content: WorkbenchPanel,
+  id: string,
+  tracker: WidgetTracker<MainAreaWidget<WorkbenchPanel>>
+): MainAreaWidget<WorkbenchPanel> {
+  const tab = new MainAreaWidget({ content });
+  tab.id = id;
+  tab.title.icon = workbenchIcon;
+  tab.title.closable = true;
+  tab.toolbar.hide();
+  void tracker.add(tab);
+  tab.title.changed.connect(() => void tracker.save(tab));
+  content.onServer(() => void tracker.save(tab));
+  return tab;
 }
 
 export interface PanelOptions extends Omit<WorkbenchOptions, 'servers' | 'recordings'> {
@@ -136,8 +156,8 @@ export class WorkbenchPanel extends Widget {
     return {
       chosen: server,
       instance: server === OWN_SERVER ? null : server,
-      // JupyterLab's own comes first, and last the one that is shown but does not run any more.
-      offered: () => [...new Set([OWN_SERVER, ...servers.listed.map(idOf), server])].map(offer),
+      // The one that is shown is offered too if it does not run any more.
+      offered: () => [...new Set([...idsOf(servers.listed), server])].map(offer),
       worthShowing: () => server !== OWN_SERVER || servers.listed.some(each => !each.own),
       choose: id => this.showServer(id),
       refresh: () => void servers.refresh(),

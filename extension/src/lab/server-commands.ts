@@ -7,7 +7,7 @@ import { InputDialog, showErrorMessage } from '@jupyterlab/apputils';
 import type { Translation } from '../views/translation';
 import { workbenchIcon } from './icon';
 import type { WorkbenchPanel } from './panel';
-import { idOf, OWN_SERVER } from './server-names';
+import { idsOf, OWN_SERVER } from './server-names';
 import type { IInferenceServer } from './tokens';
 import { CATEGORY, CommandIds, MODE_ARGUMENT } from './tokens';
 
@@ -51,8 +51,7 @@ export function addServerCommands(
         return app.commands.execute(CommandIds.open, { server: await known(args['server']), mode });
       }
       await servers.refresh();
-      const all = [...new Set([OWN_SERVER, ...servers.listed.map(idOf)])];
-      const others = all.filter(id => tracker.find(each => each.content.server === id) === undefined);
+      const others = idsOf(servers.listed).filter(id => tracker.find(each => each.content.server === id) === undefined);
       if (others.length === 0) {
         await showErrorMessage(
           trans.__('No other server'),

@@ -24,6 +24,11 @@ export function idOf(server: ListedServer): string {
   return server.own ? OWN_SERVER : server.instance;
 }
 
+/** What can be chosen: JupyterLab's own server, also while it does not run, and then the others. */
+export function idsOf(listed: readonly ListedServer[]): string[] {
+  return [...new Set([OWN_SERVER, ...listed.map(idOf)])];
+}
+
 function originName(server: Pick<ListedServer, 'origin' | 'own'>, trans: Translation): string {
   switch (server.origin) {
     case 'jupyter':

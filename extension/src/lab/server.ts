@@ -85,31 +85,25 @@ export class InferenceServers implements IInferenceServer {
   }
 
   use(): SocketConnection {
-    const before = this.current;
-    const { connection } = this.opened(this.inUse);
-    if (before === null) {
-      this.useListeners.forEach(listener => listener(connection));
-    }
-    return connection;
+    return this.opened(this.inUse).connection;
   }
 
   select(id: string): void {
     if (id !== this.inUse) {
       this.inUse = id;
-      const connection = this.current ?? this.opened(id).connection;
-      this.useListeners.forEach(listener => listener(connection));
+      if (this.current) {
+        this.tellUse(this.current);
+      } else {
+        this.opened(id);
+      }
       this.closeUnused();
       this.tell();
     }
   }
 
   hold(id: string): HeldServer {
-    const fresh = id === this.inUse && this.current === null;
     const held = this.opened(id);
     held.holders += 1;
-    if (fresh) {
-      this.useListeners.forEach(listener => listener(held.connection));
-    }
     this.timer ??= setInterval(() => {
       if (!document.hidden) {
         void this.refresh();
@@ -211,8 +205,15 @@ export class InferenceServers implements IInferenceServer {
         }
       });
       connection.connect();
+      if (id === this.inUse) {
+        this.tellUse(connection);
+      }
     }
     return found;
+  }
+
+  private tellUse(connection: SocketConnection): void {
+    this.useListeners.forEach(listener => listener(connection));
   }
 
   /** Nobody looks at a connection that no panel shows, but at the one of the status bar. */

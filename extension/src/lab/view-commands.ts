@@ -4,15 +4,15 @@
  */
 
 import type { ILayoutRestorer, JupyterFrontEnd } from '@jupyterlab/application';
-import type { ICommandPalette } from '@jupyterlab/apputils';
-import { MainAreaWidget, WidgetTracker } from '@jupyterlab/apputils';
+import type { ICommandPalette, MainAreaWidget } from '@jupyterlab/apputils';
+import { WidgetTracker } from '@jupyterlab/apputils';
 
 import { figuresOf, LAYOUTS } from '../views/arrangement';
 import type { LayoutName } from '../views/arrangement';
 import type { Translation } from '../views/translation';
 import type { WorkbenchOptions } from '../views/workbench';
 import { workbenchIcon } from './icon';
-import { PANEL_ID, WorkbenchPanel } from './panel';
+import { PANEL_ID, tabOf, WorkbenchPanel } from './panel';
 import { SERVER_ARGUMENT } from './server-commands';
 import type { IInferenceServer } from './tokens';
 import { CATEGORY, CommandIds, MODE_ARGUMENT, PLUGIN_NAMESPACE } from './tokens';
@@ -89,23 +89,14 @@ export function addViewCommands(
       if (shown !== undefined && name !== undefined) {
         server.remember(shown, name);
       }
-      const made = new MainAreaWidget({
-        content: new WorkbenchPanel(server, {
-          ...options,
-          only: view,
-          server: shown ?? serverOf(panel) ?? server.inUse,
-          heading: titles[view]
-        })
+      const content = new WorkbenchPanel(server, {
+        ...options,
+        only: view,
+        server: shown ?? serverOf(panel) ?? server.inUse,
+        heading: titles[view]
       });
-      made.id = id;
-      made.title.icon = workbenchIcon;
-      made.title.closable = true;
-      made.toolbar.hide();
-      owners.set(made, panel);
-      void panes.add(made);
-      made.title.changed.connect(() => void panes.save(made));
-      made.content.onServer(() => void panes.save(made));
-      pane = made;
+      pane = tabOf(content, id, panes);
+      owners.set(pane, panel);
     }
     if (!pane.isAttached) {
       app.shell.add(pane, 'main', { ...(mode && { mode: mode as 'split-right' }), ...(ref && { ref }) });

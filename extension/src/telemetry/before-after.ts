@@ -1,5 +1,6 @@
 /** What a switch did to the main figures: equally many steps on either side of it. Pure functions of the store's records. */
 
+import { timeOf } from './cost';
 import { percentile } from './statistics';
 import type { StepRecord, TelemetryStore } from './store';
 
@@ -85,7 +86,7 @@ function side(store: TelemetryStore, steps: readonly StepRecord[]): Side {
       }
     }
   }
-  const busyNs = steps.reduce((sum, { event }) => sum + event.end_ns - event.begin_ns + (event.before_ns ?? 0), 0);
+  const busyNs = steps.reduce((sum, step) => sum + timeOf(step), 0);
   return {
     itlMs: percentile(itl, 0.5),
     ttftMs: percentile(ttft, 0.5),

@@ -90,7 +90,7 @@ export function proposalBehind(store: TelemetryStore, token: TokenRecord): (Prop
   const tokens = store.requests.get(token.request)?.tokens ?? [];
   const found = tokens.findLastIndex(each => each.index === token.index);
   let first = found;
-  while (first > 0 && tokens[first - 1].step === token.step) {
+  while (first > 0 && tokens[first].follows) {
     first -= 1;
   }
   return { drafted, accepted: event?.accepted?.[at] ?? 0, place: found - first + 1 };
@@ -101,7 +101,7 @@ export function proposalBehind(store: TelemetryStore, token: TokenRecord): (Prop
  * says several, most of them come at once. `tokens` of one request, in order; null while two steps are not there.
  */
 export function gapsOf(tokens: readonly TokenRecord[]): { stepNs: number; tokenNs: number } | null {
-  const begins = (each: TokenRecord, at: number) => at > 0 && each.step !== tokens[at - 1].step;
+  const begins = (each: TokenRecord, at: number) => at > 0 && !each.follows;
   // What the stretch begins with may have come together with a token before it.
   const from = tokens.findIndex(begins);
   if (from < 0) {

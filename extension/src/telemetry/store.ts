@@ -516,8 +516,9 @@ export class TelemetryStore {
   private takeTokens(event: TokensEvent): void {
     const step = this.stepByNumber.get(event.step);
     for (let index = 0; index < event.request.length; index++) {
+      const request = this.request(event.request[index]);
       const token: TokenRecord = {
-        request: event.request[index],
+        request: request.handle,
         index: event.index[index],
         step: event.step,
         tokenId: event.token_id[index],
@@ -530,7 +531,7 @@ export class TelemetryStore {
         kind: null,
         parts: event.parts?.length ? event.parts.map(each => each[index]) : null,
         origin: event.origin?.[index] ?? Origin.Plain,
-        follows: this.requests.get(event.request[index])?.tokens.at(-1)?.step === event.step
+        follows: request.tokens.at(-1)?.step === event.step
       };
       if (step) {
         complete(token, step);
@@ -539,7 +540,6 @@ export class TelemetryStore {
         list.push(token);
         this.waitingForStep.set(event.step, list);
       }
-      const request = this.request(token.request);
       request.tokens.push(token);
       if (request.tokens.length > this.limits.tokensPerRequest) {
         const excess = request.tokens.length - this.limits.tokensPerRequest;

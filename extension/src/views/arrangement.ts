@@ -3,7 +3,7 @@
  * projector's mode. Owns the toolbar over the figures and the state behind it, no view.
  */
 
-import { h, placeAt, setText, uniqueId } from './dom';
+import { h, placeAt, press, setText, uniqueId } from './dom';
 import { count } from './format';
 import type { Translation } from './translation';
 
@@ -248,9 +248,7 @@ export class Arrangement {
 
   private arrange(): void {
     const { layout } = this;
-    for (const [name, button] of Object.entries(this.layoutButtons)) {
-      button.setAttribute('aria-pressed', String(name === layout));
-    }
+    press(this.layoutButtons, layout);
     for (const { name, element } of this.host.figures) {
       element.hidden = this.projecting ? name !== this.figureSelect.value : !this.shown.has(name);
       const tick = this.ticks.get(name);

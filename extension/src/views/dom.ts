@@ -57,6 +57,13 @@ export function setText(element: HTMLElement, text: string): void {
   }
 }
 
+/** Of buttons that exclude each other, show the one called `name` as pressed, or none. */
+export function press(buttons: Record<string, HTMLElement>, name: string | null): void {
+  for (const [each, button] of Object.entries(buttons)) {
+    button.setAttribute('aria-pressed', String(each === name));
+  }
+}
+
 /** Put what was opened in the top layer below the element it belongs to, or above where there is no room, on the page. */
 export function placeAt(mark: HTMLElement, opened: HTMLElement): void {
   const at = mark.getBoundingClientRect();

@@ -8,6 +8,8 @@ import { BlockLook, blockLooks, computedPositions, summarize } from '../telemetr
 import type { LegendEntry, Table } from './card';
 import { Card } from './card';
 import { PHASE, PHASE_ON_DARK, REQUEST_COLOURS } from './colours';
+import type { Colourings } from './colourings';
+import { colourings } from './colourings';
 import { h } from './dom';
 import { count, percent } from './format';
 import type { ViewContext } from './view';
@@ -45,7 +47,7 @@ export class KvMap extends Card {
   });
   private readonly holder: HTMLElement;
   private readonly missing = h('p', { class: 'iw-empty', attrs: { hidden: true } });
-  private readonly buttons: Record<Colouring, HTMLButtonElement>;
+  private readonly buttons: Colourings<Colouring>;
   private readonly resized: ResizeObserver;
   private colouring: Colouring = 'phase';
   private looks: BlockLooks | null = null;
@@ -63,17 +65,11 @@ export class KvMap extends Card {
 
   constructor(context: ViewContext) {
     const { trans } = context;
-    const button = (colouring: Colouring, text: string) =>
-      h('button', {
-        class: 'iw-window',
-        text,
-        attrs: { type: 'button', 'aria-pressed': String(colouring === 'phase'), 'data-colouring': colouring },
-        on: { click: () => this.colourBy(colouring) }
-      });
-    const buttons = {
-      phase: button('phase', trans.__('by phase')),
-      request: button('request', trans.__('by request'))
-    };
+    const buttons = colourings<Colouring>(
+      trans.__('Colours of the blocks'),
+      { phase: trans.__('by phase'), request: trans.__('by request') },
+      colouring => this.colourBy(colouring)
+    );
     super(context, {
       name: 'kv-map',
       title: trans.__('KV cache, block by block'),
@@ -83,16 +79,10 @@ export class KvMap extends Card {
       keys: trans.__(
         'Arrow keys move from block to block, Enter highlights the request that holds the block, Escape ends that.'
       ),
-      controls: [
-        h(
-          'span',
-          { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('Colours of the blocks') } },
-          buttons.phase,
-          buttons.request
-        )
-      ]
+      controls: [buttons.element]
     });
     this.buttons = buttons;
+    buttons.show(this.colouring);
     this.holder = h('div', { class: 'iw-grid' }, this.canvas, this.overlay);
     this.frame.replaceChildren(this.holder, this.missing);
     this.element.classList.add('iw-wide');
@@ -272,9 +262,7 @@ export class KvMap extends Card {
 
   private colourBy(colouring: Colouring): void {
     this.colouring = colouring;
-    for (const [name, button] of Object.entries(this.buttons)) {
-      button.setAttribute('aria-pressed', String(name === colouring));
-    }
+    this.buttons.show(colouring);
     this.drawLegend();
     this.paintAnew();
     this.repaint();

@@ -6,7 +6,7 @@ import { measuredBadge } from './badge';
 import type { Bokeh, ColumnDataSource, Figure, Range1d } from './bokeh';
 import type { LegendEntry, Table } from './card';
 import { PHASE, PHASE_ON_DARK } from './colours';
-import { h, setText } from './dom';
+import { h, press, setText } from './dom';
 import { count, percent, significant } from './format';
 import { Plot } from './plot';
 import type { Translation } from './translation';
@@ -258,9 +258,7 @@ export class LatencyHistogram extends Plot {
   private choose(name: LatencyName): void {
     this.chosen = name;
     this.pointed = null;
-    for (const [each, button] of Object.entries(this.buttons)) {
-      button.setAttribute('aria-pressed', String(each === name));
-    }
+    press(this.buttons, name);
     this.paintGlyphs();
     this.drawLegend();
     this.repaint();

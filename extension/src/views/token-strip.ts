@@ -17,6 +17,8 @@ import {
   ORIGIN_LIGHT,
   ORIGIN_LOOKS
 } from './colours';
+import type { Colourings } from './colourings';
+import { colourings } from './colourings';
 import { h, setText, uniqueId } from './dom';
 import { duration } from './format';
 import { keep, kept } from './kept';
@@ -70,7 +72,7 @@ export class TokenStrip implements View {
   private readonly empty: HTMLElement;
   /** Why nothing is coloured by speculation. */
   private readonly unproposed = h('p', { class: 'iw-hint', attrs: { role: 'status', hidden: true } });
-  private readonly buttons: Record<Colouring, HTMLButtonElement>;
+  private readonly buttons: Colourings<Colouring>;
   private colouring: Colouring = kept(KEPT) === 'speculation' ? 'speculation' : 'latency';
   private readonly more = h('p', { class: 'iw-hint', attrs: { hidden: true } });
   private pointed: HTMLElement | null = null;
@@ -88,37 +90,18 @@ export class TokenStrip implements View {
     this.rowsElement = h('div', { class: 'iw-strip-rows' });
     this.details = h('p', { class: 'iw-details', attrs: { 'aria-live': 'polite' } });
     this.setDetails(null);
-    const button = (colouring: Colouring, text: string) =>
-      h('button', {
-        class: 'iw-window',
-        text,
-        attrs: { type: 'button', 'data-colouring': colouring },
-        on: {
-          click: () => {
-            keep(KEPT, colouring);
-            this.colourBy(colouring);
-          }
-        }
-      });
-    this.buttons = {
-      latency: button('latency', trans.__('by latency')),
-      speculation: button('speculation', trans.__('by speculation'))
-    };
+    this.buttons = colourings<Colouring>(
+      trans.__('Colours of the tokens'),
+      { latency: trans.__('by latency'), speculation: trans.__('by speculation') },
+      colouring => {
+        keep(KEPT, colouring);
+        this.colourBy(colouring);
+      }
+    );
     this.element = h(
       'section',
       { class: 'iw-card iw-strip', attrs: { 'aria-label': trans.__('Generated tokens') } },
-      h(
-        'div',
-        { class: 'iw-card-head' },
-        h('h3', { text: trans.__('Tokens') }),
-        h(
-          'span',
-          { class: 'iw-windows', attrs: { role: 'group', 'aria-label': trans.__('Colours of the tokens') } },
-          this.buttons.latency,
-          this.buttons.speculation
-        ),
-        this.legend
-      ),
+      h('div', { class: 'iw-card-head' }, h('h3', { text: trans.__('Tokens') }), this.buttons.element, this.legend),
       this.empty,
       this.unproposed,
       this.rowsElement,
@@ -147,9 +130,7 @@ export class TokenStrip implements View {
   private colourBy(colouring: Colouring): void {
     this.colouring = colouring;
     this.element.dataset.colouredBy = colouring;
-    for (const [each, button] of Object.entries(this.buttons)) {
-      button.setAttribute('aria-pressed', String(each === colouring));
-    }
+    this.buttons.show(colouring);
     this.drawLegend();
     this.sayUnproposed();
     this.showSelection();

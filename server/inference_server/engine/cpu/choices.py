@@ -25,8 +25,6 @@ ROUNDS = 20
 TRUSTED_ROUNDS = 6
 """Rounds that a table needs to be remembered, and a shape to leave the own kernel, which a busy machine slows least."""
 BUDGET_SECONDS = 3.0
-AGAIN_SECONDS = 0.5
-"""For measuring a remembered table again, which may be of a busy hour: it only ever gets quicker."""
 OWN, TORCH = "own", "torch"
 Shape = tuple[int, int]
 """(out features, in features)"""
@@ -61,17 +59,17 @@ class Choices:
 
 
 def load_or_measure(key: str, shapes: list[Shape], clock: Clock) -> Choices:
-    """Return the remembered table for ``key``, looked over once more, or measure it in at most some seconds.
+    """Return the remembered table for ``key``, or measure it in at most some seconds, and remember the result.
 
-    Either way the result is remembered.
+    A remembered table may be of a busy hour: every start adds a round to it, by which it only gets quicker.
     """
     path = cache_folder().parent / "cpu-kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
     remembered = _read(path, key, shapes)
     if remembered is not None:
-        measured, _ = _measure(shapes, clock, AGAIN_SECONDS, remembered)
+        measured, _ = _measure(shapes, clock, rounds=1, known=remembered)
         _write(path, key, seconds := _without_outliers(measured))
         return Choices(seconds, TRUSTED_ROUNDS)
-    measured, rounds = _measure(shapes, clock, BUDGET_SECONDS)
+    measured, rounds = _measure(shapes, clock)
     seconds = _without_outliers(measured)
     if rounds >= TRUSTED_ROUNDS:  # on a machine too busy for that, the next start measures again
         _write(path, key, seconds)
@@ -104,8 +102,10 @@ def cpu_model() -> str:
     return ", ".join(found) or platform.machine()
 
 
-def _measure(shapes: list[Shape], clock: Clock, budget_s: float, known: Seconds | None = None) -> tuple[Seconds, int]:
-    """Best times of as many rounds as the budget allows (at least one), and how many rounds that were.
+def _measure(
+    shapes: list[Shape], clock: Clock, rounds: int = ROUNDS, known: Seconds | None = None
+) -> tuple[Seconds, int]:
+    """Best times of as many rounds as :data:`BUDGET_SECONDS` allow (at least one), and how many rounds that were.
 
     Rounds are interleaved and the best counts: what else runs on the machine hits all candidates alike, or is left out.
     Times that are ``known`` are improved upon.
@@ -116,9 +116,9 @@ def _measure(shapes: list[Shape], clock: Clock, budget_s: float, known: Seconds 
         }
         for shape in shapes
     }
-    deadline = time.perf_counter() + budget_s
+    deadline = time.perf_counter() + BUDGET_SECONDS
     done = 0
-    for done in range(ROUNDS):
+    for done in range(rounds):
         for shape, by_rows in seconds.items():
             for rows, times in by_rows.items():
                 for kernel, best in times.items():
