@@ -136,11 +136,6 @@ export abstract class Card implements View {
     return this.stale && !this.element.hidden && pageNow() - this.paintedAt >= interval;
   }
 
-  /** Is it within what the reader has scrolled to? */
-  get onScreen(): boolean {
-    return this.seen && !this.element.hidden;
-  }
-
   setOnScreen(seen: boolean): void {
     this.seen = seen;
     this.frame.classList.toggle('iw-unseen', !seen);

@@ -362,7 +362,8 @@ export class Workbench {
   /**
    * Paint the plots that waited longest, as many as are drawn in {@link PLOTS_MS}. A canvas costs more than all the text,
    * so this comes right after a frame with new tokens is on the screen, when the next ones are furthest away: drawn in that
-   * frame, or at a time of its own, it would hold them up. Only when no more frames come do the others follow by a timer.
+   * frame, or at a time of its own, it would hold them up. Only when no more frames come do the others follow by a timer,
+   * those out of sight too: their captions are read aloud, and their tables opened, wherever the page is scrolled to.
    */
   private paintPlots(): void {
     if (this.tail !== null) {
@@ -380,7 +381,7 @@ export class Workbench {
         break;
       }
     }
-    if (this.plots.some(plot => plot.stale && plot.onScreen)) {
+    if (this.plots.some(plot => plot.stale && !plot.element.hidden)) {
       this.tail = setTimeout(() => {
         this.tail = null;
         if (!document.hidden && this.element.checkVisibility()) {
