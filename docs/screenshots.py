@@ -148,11 +148,11 @@ def speculation(browser: Browser, lab: JupyterLab) -> None:
 
 
 def use_theme(page: Page, theme: str) -> None:
-    if theme == "dark":
-        page.get_by_role("menuitem", name="Settings").click()
-        page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Dark$")).click()
-        page.wait_for_timeout(1500)
+    """Also the light one: JupyterLab keeps the theme from page to page."""
+    page.get_by_role("menuitem", name="Settings").click()
+    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^JupyterLab {theme.title()}$")).click()
+    page.wait_for_timeout(1500)
 
 
 def recording(browser: Browser, lab: JupyterLab, theme: str) -> None:

@@ -133,7 +133,7 @@ export class SpeculationPlot extends StepPlot {
         glyph.setv({ fill_color: colour, hatch_color: colour, line_color: this.context.theme.ground });
       };
     });
-    this.means = new bokeh.ColumnDataSource({ data: { x0: [], x1: [], y: [], top: [], text: [] } });
+    this.means = new bokeh.ColumnDataSource({ data: { x0: [], x1: [], y: [], at: [], top: [], text: [], align: [] } });
     const line = figure.segment(
       { field: 'x0' },
       { field: 'y' },
@@ -142,10 +142,10 @@ export class SpeculationPlot extends StepPlot {
       { source: this.means, line_width: 2 }
     );
     const label = figure.text(
-      { field: 'x0' },
+      { field: 'at' },
       { field: 'top' },
       { field: 'text' },
-      { source: this.means, text_font_size: '11px', text_baseline: 'top', x_offset: 3 }
+      { source: this.means, text_font_size: '11px', text_baseline: 'top', text_align: { field: 'align' } }
     );
     this.paintGlyphs = () => {
       const { theme } = this.context;
@@ -190,10 +190,15 @@ export class SpeculationPlot extends StepPlot {
     const highest = Math.max(2, ...bottoms);
     this.yRange!.end = highest * 1.3;
     const proposers = known?.proposers ?? [];
+    // A label stands where there is room for it.
+    const middle = (this.xRange!.start + this.xRange!.end) / 2;
+    const late = (each: Proposer) => each.firstStep > middle;
     this.means!.data = {
       x0: proposers.map(each => each.firstStep - 0.5),
       x1: proposers.map(each => each.lastStep + 0.5),
       y: proposers.map(each => acceptanceLength(each)!),
+      at: proposers.map(each => (late(each) ? each.lastStep + 0.5 : each.firstStep - 0.5)),
+      align: proposers.map(each => (late(each) ? 'right' : 'left')),
       top: proposers.map((_, at) => highest * (1.27 - 0.12 * (at % 2))),
       text: proposers.map(each => `${proposerName(each)} ${significant(acceptanceLength(each)!)}`)
     };
