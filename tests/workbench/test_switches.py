@@ -8,6 +8,7 @@ import traitlets
 
 import inference_workbench as iw
 from inference_workbench import panel as panel_module
+from inference_workbench.switches import Switches
 
 
 def eventually(condition, seconds=5):
@@ -102,6 +103,24 @@ def test_every_switch_is_a_trait_with_the_servers_value(wb, panel):
 def test_setting_a_trait_throws_the_switch(wb, panel):
     panel.kv_cache = False
     assert on_server(wb, "kv_cache") is False
+
+
+def test_news_of_an_older_switch_does_not_turn_back_a_trait_that_is_being_set(wb, panel, monkeypatch):
+    panel.kv_cache = False
+    seen = []
+    panel.observe(lambda change: seen.append(change["new"]), "kv_cache")
+    apply = Switches._apply
+
+    def while_older_news_comes(switches, values):
+        # Requests that the switch before interrupted have caught up: its event comes a second time.
+        panel._server_said([wb.store.features()])
+        return apply(switches, values)
+
+    monkeypatch.setattr(Switches, "_apply", while_older_news_comes)
+    panel.kv_cache = True
+    assert panel.kv_cache is True
+    assert wb.features.kv_cache is True
+    assert seen == [True]
 
 
 def test_a_switch_thrown_elsewhere_sets_the_trait_and_tells_observers(wb, panel):

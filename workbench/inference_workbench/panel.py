@@ -61,6 +61,7 @@ class Panel(anywidget.AnyWidget):
         self._socket: websocket_client.ClientConnection | None = None
         self._wanted = threading.Event()
         self._closing = False
+        self._throwing: set[str] = set()
         self._unacknowledged = 0
         self._owed = 0
         self._flow = threading.Lock()
@@ -106,14 +107,17 @@ class Panel(anywidget.AnyWidget):
         try:
             if features[name] == change["new"]:  # it came from the server, or is a revert
                 return
+            self._throwing.add(name)  # what the server says meanwhile is older than what was asked for
             features[name] = change["new"]
         except WorkbenchError as error:
             self.message = str(error)
             self._reply("features", error=str(error))
-            with contextlib.suppress(WorkbenchError, KeyError):
-                self.set_trait(name, features[name])
         else:
             self.message = ""
+        finally:
+            self._throwing.discard(name)
+        with contextlib.suppress(WorkbenchError, KeyError):
+            self.set_trait(name, features[name])
 
     def _server_said(self, news: Snapshot | list[Event]) -> None:
         """Follow switches that were thrown elsewhere (telemetry thread)."""
@@ -124,7 +128,7 @@ class Panel(anywidget.AnyWidget):
         elif any(isinstance(event, FeaturesEvent) for event in news):
             values = self._workbench.features.current()
         for name, value in values.items():
-            if name in self._specs and getattr(self, name) != value:
+            if name in self._specs and name not in self._throwing and getattr(self, name) != value:
                 self.set_trait(name, value)
 
     # -- messages of the view ----------------------------------------------------------------------------------------
