@@ -39,6 +39,7 @@ def test_opening_the_panel_starts_the_server_and_streams_each_token(page: Page, 
     expect(workbench.locator("[data-figure=itl]")).to_have_text(re.compile(r"^[\d.,]+$"))
     expect(workbench.locator("[data-figure=ttft]")).to_have_text(re.compile(r"^[\d.,]+$"))
     for name in ("latency", "batch", "kv"):
+        workbench.locator(f".iw-plot-{name}").scroll_into_view_if_needed()
         expect(workbench.locator(f".iw-plot-{name} .iw-plot canvas").first).to_be_visible()
 
 

@@ -67,6 +67,8 @@ export abstract class Card implements View {
   private seen = true;
   /** When it was last painted, on the page's clock. */
   paintedAt = -Infinity;
+  /** It has come into view since then: the reader waits for it. */
+  awaited = false;
 
   constructor(
     protected readonly context: ViewContext,
@@ -137,6 +139,7 @@ export abstract class Card implements View {
   }
 
   setOnScreen(seen: boolean): void {
+    this.awaited = seen && (!this.seen || this.awaited);
     this.seen = seen;
     this.frame.classList.toggle('iw-unseen', !seen);
     if (seen) {
@@ -179,6 +182,7 @@ export abstract class Card implements View {
     }
     this.paintedVersion = this.context.store.version;
     this.paintedAt = pageNow();
+    this.awaited = false;
     this.caption = this.draw() ?? this.caption;
     this.showCaption();
     if (!this.tableElement.hidden) {

@@ -220,7 +220,7 @@ export class LatencyPlot extends Plot {
         best = point;
       }
     }
-    this.select(best);
+    this.select(best, 'follow');
   }
 
   protected crosshairAt(): number | null {
@@ -279,9 +279,9 @@ export class LatencyPlot extends Plot {
     };
   }
 
-  private select(point: Point | null | undefined): void {
+  private select(point: Point | null | undefined, how: 'set' | 'follow' = 'set'): void {
     if (point) {
-      this.context.selection.set({ step: point.token.step, request: point.token.request, index: point.token.index });
+      this.context.selection[how]({ step: point.token.step, request: point.token.request, index: point.token.index });
     }
   }
 

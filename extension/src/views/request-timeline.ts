@@ -252,7 +252,7 @@ export class RequestTimeline extends Card {
     this.cursor = row >= 0 && row < this.rows.length ? row : null;
     const atNs = this.fromNs + ((x - gutter) / (this.width - gutter)) * (this.toNs - this.fromNs);
     const step = x >= gutter ? this.stepAt(atNs) : null;
-    this.context.selection.set(step === null ? null : { step: step.event.step, request: null, index: null });
+    this.context.selection.follow(step === null ? null : { step: step.event.step, request: null, index: null });
     this.paintOverlay();
     this.showCaption();
   }

@@ -241,7 +241,7 @@ export class Roofline extends Plot {
         [best, distance] = [point, away];
       }
     }
-    this.select(best);
+    this.select(best, 'follow');
   }
 
   protected walk(direction: -1 | 1): void {
@@ -278,9 +278,9 @@ export class Roofline extends Plot {
     );
   }
 
-  private select(point: RooflinePoint | null): void {
+  private select(point: RooflinePoint | null, how: 'set' | 'follow' = 'set'): void {
     if (point) {
-      this.context.selection.set({ step: point.step.event.step, request: null, index: null });
+      this.context.selection[how]({ step: point.step.event.step, request: null, index: null });
     }
   }
 

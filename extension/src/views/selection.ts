@@ -27,16 +27,20 @@ export class Selection {
   }
 
   set(value: Pointed | null): void {
-    const before = this.current;
-    if (before?.step === value?.step && before?.request === value?.request && before?.index === value?.index) {
-      return;
-    }
-    this.current = value;
-    const wait = this.toldAt + TELL_MS - pageNow();
-    if (wait <= 0) {
+    if (this.take(value)) {
       this.tell();
-    } else {
-      this.timer ??= setTimeout(() => this.tell(), wait);
+    }
+  }
+
+  /** The same for a moving pointer: what it passes in {@link TELL_MS} is told together. */
+  follow(value: Pointed | null): void {
+    if (this.take(value)) {
+      const wait = this.toldAt + TELL_MS - pageNow();
+      if (wait <= 0) {
+        this.tell();
+      } else {
+        this.timer ??= setTimeout(() => this.tell(), wait);
+      }
     }
   }
 
@@ -65,6 +69,13 @@ export class Selection {
   onChange(listener: () => void): () => void {
     this.listeners.add(listener);
     return () => this.listeners.delete(listener);
+  }
+
+  /** Whether `value` is another one than before. */
+  private take(value: Pointed | null): boolean {
+    const before = this.current;
+    this.current = value;
+    return before?.step !== value?.step || before?.request !== value?.request || before?.index !== value?.index;
   }
 
   private tell(): void {

@@ -74,7 +74,7 @@ export abstract class StepPlot extends Plot {
   protected pick(x: number): void {
     const step = this.nearest(x);
     if (step) {
-      this.context.selection.set({ step: step.event.step, request: null, index: null });
+      this.context.selection.follow({ step: step.event.step, request: null, index: null });
     }
   }
 

@@ -81,6 +81,8 @@ const HURRY_MS = 200;
 const PLOTS_MS = 8;
 /** Longer than from one frame to the next while tokens stream. */
 const TAIL_MS = 300;
+/** Then the next ones may follow soon: there is nothing to hold up. */
+const NEXT_MS = 40;
 
 export class Workbench {
   readonly element: HTMLElement;
@@ -360,12 +362,12 @@ export class Workbench {
   }
 
   /**
-   * Paint the plots that waited longest, as many as are drawn in {@link PLOTS_MS}. A canvas costs more than all the text,
+   * Paint the plots that came into view or else waited longest, as many as are drawn in {@link PLOTS_MS}. A canvas costs more than all the text,
    * so this comes right after a frame with new tokens is on the screen, when the next ones are furthest away: drawn in that
    * frame, or at a time of its own, it would hold them up. Only when no more frames come do the others follow by a timer,
    * those out of sight too: their captions are read aloud, and their tables opened, wherever the page is scrolled to.
    */
-  private paintPlots(): void {
+  private paintPlots(pauseMs = TAIL_MS): void {
     if (this.tail !== null) {
       clearTimeout(this.tail);
       this.tail = null;
@@ -373,7 +375,9 @@ export class Workbench {
     if (this.arrangement.paused) {
       return;
     }
-    const due = this.plots.filter(plot => plot.due).sort((a, b) => a.paintedAt - b.paintedAt);
+    const due = this.plots
+      .filter(plot => plot.due)
+      .sort((a, b) => Number(b.awaited) - Number(a.awaited) || a.paintedAt - b.paintedAt);
     const begin = pageNow();
     for (const plot of due) {
       plot.update();
@@ -385,9 +389,9 @@ export class Workbench {
       this.tail = setTimeout(() => {
         this.tail = null;
         if (!document.hidden && this.element.checkVisibility()) {
-          this.paintPlots();
+          this.paintPlots(NEXT_MS);
         }
-      }, TAIL_MS);
+      }, pauseMs);
     }
   }
 
