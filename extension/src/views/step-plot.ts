@@ -83,10 +83,12 @@ export abstract class StepPlot extends Plot {
   }
 
   protected walk(direction: -1 | 1): void {
-    const { selection } = this.context;
-    const at = this.shown.findIndex(each => each.event.step === selection.value?.step);
-    const next = at < 0 ? this.shown.length - 1 : Math.min(this.shown.length - 1, Math.max(0, at + direction));
-    const step = this.shown[next];
+    const { selection, store, windowNs } = this.context;
+    // A figure that has just come into view may not be drawn yet.
+    const steps = this.shown.length > 0 ? this.shown : stepsWithin(store, windowNs);
+    const at = steps.findIndex(each => each.event.step === selection.value?.step);
+    const next = at < 0 ? steps.length - 1 : Math.min(steps.length - 1, Math.max(0, at + direction));
+    const step = steps[next];
     if (step) {
       selection.set({ step: step.event.step, request: null, index: null });
     }
