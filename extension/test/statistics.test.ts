@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
-import { ClockOffset } from '../src/telemetry/clock';
+import { ClockOffset, pauseAfter } from '../src/telemetry/clock';
 import { Ring } from '../src/telemetry/ring';
 import { minMaxIndices, percentile, percentiles, robustLine } from '../src/telemetry/statistics';
 
@@ -68,4 +68,11 @@ test('the clock offset comes from the quickest exchange', () => {
   assert.equal(clock.uncertaintyMs, 1);
   clock.reset();
   assert.equal(clock.known, false);
+});
+
+test('a connection asks for the time often until one exchange was likely quick, then seldom', () => {
+  const pauses = Array.from({ length: 14 }, (_, made) => pauseAfter(made + 1));
+  assert.deepEqual(pauses.slice(0, 3), [200, 400, 1000]);
+  assert.ok(pauses.slice(2, 11).every(pause => pause === 1000));
+  assert.deepEqual(pauses.slice(11), [5000, 5000, 5000]);
 });

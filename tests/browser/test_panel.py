@@ -81,7 +81,7 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     expect(workbench.locator(".iw-row").first.locator(".iw-switch-mark")).to_have_text(["kv_cache off", "kv_cache on"])
     workbench.locator("[data-window='0']").click()
     caption = workbench.locator(".iw-plot-latency .iw-caption")
-    expect(caption).to_contain_text("KV cache off")
+    expect(caption).to_contain_text("KV cache on")  # painted after the click on the window
     off, on = slope_of(caption.inner_text(), "KV cache off"), slope_of(caption.inner_text(), "KV cache on")
     # Off, each token computes all tokens before it again: the line climbs. On, it is flat. The stretch before the
     # switch would not do: the page builds its figures meanwhile, on the cores that compute the tokens.

@@ -8,9 +8,20 @@ interface Sample {
 
 const KEPT = 12;
 
+/** Pauses between the first exchanges of a connection (ms), before a page that builds its figures is slow to hear. */
+const FIRST_PAUSES_MS = [200, 400];
+/** Then so often until as many as are kept were made: one of them falls into a quiet moment. */
+const SETTLING_PAUSE_MS = 1000;
+const PAUSE_MS = 5000;
+
 /** The page's monotonic clock in milliseconds. */
 export function pageNow(): number {
   return performance.now();
+}
+
+/** How long to wait for the next exchange (ms) when `made` of a connection have begun. */
+export function pauseAfter(made: number): number {
+  return FIRST_PAUSES_MS[made - 1] ?? (made < KEPT ? SETTLING_PAUSE_MS : PAUSE_MS);
 }
 
 export class ClockOffset {

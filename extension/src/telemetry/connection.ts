@@ -3,7 +3,7 @@
  * {@link SocketConnection}, a notebook widget {@link ModelConnection}.
  */
 
-import { ClockOffset, pageNow } from './clock';
+import { ClockOffset, pageNow, pauseAfter } from './clock';
 import { decodeServerMessage } from './decode';
 import type { FeatureValue, GenerateBody, ServerMessage, TrafficValues } from './protocol';
 import { PROTOCOL_VERSION } from './protocol';
@@ -71,6 +71,7 @@ export abstract class ConnectionBase {
   reconnects = 0;
   readonly readOnly = false;
   private readonly statusListeners = new Set<() => void>();
+  private clockTimer: ReturnType<typeof setTimeout> | undefined;
   private sawSnapshot = false;
   private asked = false;
 
@@ -99,6 +100,21 @@ export abstract class ConnectionBase {
     }
     this.statusListeners.forEach(listener => listener());
   }
+
+  /** Exchange times with the server from now on, at first often. A new connection begins anew. */
+  protected keepTime(made = 0): void {
+    clearTimeout(this.clockTimer);
+    if (this.askTime()) {
+      this.clockTimer = setTimeout(() => this.keepTime(made + 1), pauseAfter(made + 1));
+    }
+  }
+
+  protected stopKeepingTime(): void {
+    clearTimeout(this.clockTimer);
+  }
+
+  /** Ask for the server's time. Returns whether there was somebody to ask. */
+  protected abstract askTime(): boolean;
 
   /** Have the server send a new snapshot. */
   protected abstract askSnapshot(): void;

@@ -29,7 +29,6 @@ type Pending = { resolve: () => void; reject: (error: Error) => void };
 export class ModelConnection extends ConnectionBase implements TelemetryConnection {
   readonly controlsEngine = true;
   private readonly pending = new Map<string, Pending[]>();
-  private readonly upkeep: ReturnType<typeof setInterval>;
 
   constructor(
     store: TelemetryStore,
@@ -37,12 +36,11 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
   ) {
     super(store);
     model.on('msg:custom', this.onMessage);
-    this.upkeep = setInterval(() => this.askClock(), 5000);
   }
 
   connect(): void {
     this.askSnapshot();
-    this.askClock();
+    this.keepTime();
   }
 
   retry(): void {
@@ -79,7 +77,7 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
   }
 
   dispose(): void {
-    clearInterval(this.upkeep);
+    this.stopKeepingTime();
     this.model.off('msg:custom', this.onMessage);
     this.pending.forEach(list => list.forEach(each => each.reject(new RefusedError('The view was closed.'))));
     this.setStatus('closed', '');
@@ -131,8 +129,9 @@ export class ModelConnection extends ConnectionBase implements TelemetryConnecti
     this.model.send({ t: 'ready' });
   }
 
-  private askClock(): void {
+  protected askTime(): boolean {
     this.model.send({ t: 'clock', client_time: pageNow() });
+    return true;
   }
 
   private ask(topic: string, message: object): Promise<void> {

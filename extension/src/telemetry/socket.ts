@@ -164,6 +164,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
   dispose(): void {
     this.wanted = false;
     clearInterval(this.upkeep);
+    this.stopKeepingTime();
     if (this.retryTimer !== null) {
       clearTimeout(this.retryTimer);
     }
@@ -202,9 +203,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
         history: 2000,
         min_interval_ms: MIN_INTERVAL_MS
       });
-      this.askClock();
-      setTimeout(() => this.askClock(), 200);
-      setTimeout(() => this.askClock(), 600);
+      this.keepTime();
     };
     socket.onmessage = event => {
       if (socket === this.socket) {
@@ -321,15 +320,11 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
   }
 
   private tend(): void {
-    if (this.socket?.readyState === WebSocket.OPEN) {
-      if (pageNow() - this.lastHeard > SILENCE_MS) {
-        const socket = this.socket;
-        socket.onclose = null;
-        socket.close();
-        this.lose(new CloseEvent('close', { code: 1006 }));
-      } else {
-        this.askClock();
-      }
+    if (this.socket?.readyState === WebSocket.OPEN && pageNow() - this.lastHeard > SILENCE_MS) {
+      const socket = this.socket;
+      socket.onclose = null;
+      socket.close();
+      this.lose(new CloseEvent('close', { code: 1006 }));
     }
   }
 
@@ -340,14 +335,16 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     }
   };
 
-  private askClock(): void {
-    this.send({ t: 'clock', client_time: pageNow() });
+  protected askTime(): boolean {
+    return this.send({ t: 'clock', client_time: pageNow() });
   }
 
-  private send(message: ClientMessage): void {
-    if (this.socket?.readyState === WebSocket.OPEN) {
-      this.socket.send(encodeClientMessage(message));
+  private send(message: ClientMessage): boolean {
+    const open = this.socket?.readyState === WebSocket.OPEN;
+    if (open) {
+      this.socket?.send(encodeClientMessage(message));
     }
+    return open;
   }
 
   private async command(path: string, method: string, body: unknown): Promise<unknown> {
