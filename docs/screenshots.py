@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "browser")]
 
 from chromium import FLAGS, find_chromium
 from jupyterlab import JupyterLab, running_jupyterlab
-from workbench_page import REPETITIVE, finished, generate, open_lab, open_panel, wait_ready, wait_tokens
+from workbench_page import REPETITIVE, finished, generate, open_lab, open_panel, use_theme, wait_ready, wait_tokens
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -59,7 +59,7 @@ def teaching(browser: Browser, lab: JupyterLab) -> None:
 def panel(browser: Browser, lab: JupyterLab, theme: str) -> None:
     page = new_page(browser, 1500)
     workbench = open_panel(page, lab)
-    use_theme(page, theme)
+    use_theme(page, theme.title())
     switched_in_the_middle(page, workbench)
     finished(workbench)
     generate(workbench, "story", tokens=60, parallel=8)
@@ -86,7 +86,7 @@ def views(browser: Browser, lab: JupyterLab) -> None:
     workbench.locator(".iw-price").fill("2.5")
     workbench.locator("[data-action=pause-views]").click()
     for theme in ("light", "dark"):
-        use_theme(page, theme)
+        use_theme(page, theme.title())
         workbench.locator("[data-action=pause-views]").click()
         page.wait_for_timeout(1500)
         for card in workbench.locator(".iw-plots > section:not(.iw-plot-speculation)").all():
@@ -132,7 +132,7 @@ def speculation(browser: Browser, lab: JupyterLab) -> None:
     workbench.locator("[data-window='0']").click()
     workbench.locator(".iw-strip [data-colouring=speculation]").click()
     for theme in ("light", "dark"):
-        use_theme(page, theme)
+        use_theme(page, theme.title())
         for name in ("speculation", "strip"):
             card = workbench.locator(f".iw-plot-{name}, .iw-{name}")
             card.scroll_into_view_if_needed()
@@ -147,19 +147,11 @@ def speculation(browser: Browser, lab: JupyterLab) -> None:
     page.context.close()
 
 
-def use_theme(page: Page, theme: str) -> None:
-    """Also the light one: JupyterLab keeps the theme from page to page."""
-    page.get_by_role("menuitem", name="Settings").click()
-    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^JupyterLab {theme.title()}$")).click()
-    page.wait_for_timeout(1500)
-
-
 def recording(browser: Browser, lab: JupyterLab, theme: str) -> None:
     """A recording of a busy moment, opened and scrubbed to its middle, with one slow token taken apart."""
     page = new_page(browser, 1500)
     workbench = open_panel(page, lab)
-    use_theme(page, theme)
+    use_theme(page, theme.title())
     workbench.locator("[data-action=record]").click()
     generate(workbench, "long", tokens=90)
     wait_tokens(page, 20)

@@ -72,6 +72,21 @@ test('events that the server dropped are counted and said', () => {
   assert.equal(store.feed.at(-1)!.missing, 17);
 });
 
+test('a reconnection says how many steps nobody saw, and says nothing where there are none', () => {
+  const store = new TelemetryStore();
+  const gaps = () =>
+    Array.from({ length: store.feed.length }, (_, at) => store.feed.at(at)!).filter(each => each.kind === 'gap');
+  store.applySnapshot(snapshot('a', [step(3, [1], Kind.Decode)], [request(1, 'running')]));
+  store.applySnapshot(snapshot('a', [step(3, [1], Kind.Decode), step(4, [1], Kind.Decode)], [request(1, 'running')]));
+  store.applySnapshot(snapshot('a', [step(5, [1], Kind.Decode)], [request(1, 'running')]));
+  assert.equal(gaps().length, 0);
+  store.applySnapshot(snapshot('a', [step(12, [1], Kind.Decode)], [request(1, 'running')]));
+  assert.match(gaps()[0]!.text, /^6 steps went by/);
+  // Another server counts for itself.
+  store.applySnapshot(snapshot('b', [step(90, [1], Kind.Decode)], [request(1, 'running')]));
+  assert.equal(gaps().length, 1);
+});
+
 test('a reconnection to the same server keeps the tokens that its history no longer holds', () => {
   const store = connected();
   store.applyFrame(frame(1, [request(1, 'running'), tokens(1, [1], 0, 50, 50), tokens(2, [1], 1, 20, 70)]));

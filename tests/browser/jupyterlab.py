@@ -85,10 +85,13 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_server(lab: JupyterLab, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run one more inference server, started on a command line where JupyterLab finds it, until the block ends."""
+def running_server(lab: JupyterLab, folder: Path, code: Path = ROOT / "server") -> Iterator[subprocess.Popen[bytes]]:
+    """Run one more inference server, started on a command line where JupyterLab finds it, until the block ends.
+
+    ``code`` is the folder that its package lies in.
+    """
     env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(lab.folder / "runtime")}
-    env |= {"INFERENCE_WORKBENCH_RECORDING_FOLDER": str(folder), "PYTHONPATH": f"{ROOT / 'server'}"}
+    env |= {"INFERENCE_WORKBENCH_RECORDING_FOLDER": str(folder), "PYTHONPATH": str(code)}
     command = [sys.executable, "-m", "inference_server.cli", "serve", "--port", str(free_port())]
     command += ["--kv-memory", "256M", "--packed-memory", "64M"]
     log = folder / "server.log"

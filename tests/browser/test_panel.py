@@ -21,6 +21,7 @@ from workbench_page import (
     produced,
     slope_of,
     stats,
+    use_theme,
     wait_ready,
     wait_tokens,
 )
@@ -199,15 +200,11 @@ def test_the_dark_theme_reaches_text_and_plots(page: Page, lab: JupyterLab) -> N
     workbench = open_panel(page, lab)
     expect(workbench).to_have_attribute("data-dark", "false")
     light = workbench.locator(".iw-plot-batch .iw-card-head h3").evaluate("each => getComputedStyle(each).color")
-    page.get_by_role("menuitem", name="Settings").click()
-    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Dark$")).click()
+    use_theme(page, "Dark")
     expect(workbench).to_have_attribute("data-dark", "true")
     dark = workbench.locator(".iw-plot-batch .iw-card-head h3").evaluate("each => getComputedStyle(each).color")
     assert light != dark
-    page.get_by_role("menuitem", name="Settings").click()
-    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^JupyterLab Light$")).click()
+    use_theme(page, "Light")
     expect(workbench).to_have_attribute("data-dark", "false")
 
 

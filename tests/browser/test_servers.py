@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from jupyterlab import JupyterLab, running_server
+from jupyterlab import ROOT, JupyterLab, running_server
 from playwright.sync_api import Page, expect
 from workbench_page import (
     READY_MS,
@@ -20,6 +21,7 @@ from workbench_page import (
     open_panel,
     produced,
     serious,
+    use_theme,
     wait_ready,
 )
 
@@ -133,8 +135,9 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
         first.locator(".iw-row").first.locator(".iw-token").nth(5).wait_for(timeout=READY_MS)
         process.kill()
         process.wait()
-        expect(second.locator(".iw-status")).to_have_attribute("data-connection", "failed", timeout=10_000)
+        expect(second.locator(".iw-status")).to_have_attribute("data-connection", "ended", timeout=10_000)
         expect(second.locator(".iw-message")).to_contain_text("has ended")
+        expect(second.get_by_role("button", name="Try now")).to_be_hidden()
         expect(second.locator("[data-action=choose-server]")).to_be_visible()
         finished(first)
         assert produced(first)[0] == 60
@@ -158,6 +161,51 @@ def test_two_servers_side_by_side_are_each_steered_alone_and_one_survives_the_ot
     noise = [each for each in complaints if "410" not in each and "WebSocket" not in each]
     complaints.clear()
     assert noise == []
+
+
+def newer_server(folder: Path) -> Path:
+    """The server's code as a later version may have it, with a telemetry that this page cannot know; its folder."""
+    code = folder / "newer"
+    shutil.copytree(ROOT / "server", code, ignore=shutil.ignore_patterns("__pycache__"))
+    protocol = code / "inference_server" / "protocol.py"
+    text, replaced = re.subn(
+        r"^PROTOCOL_VERSION = (\d+)$",
+        lambda match: f"PROTOCOL_VERSION = {int(match[1]) + 1}",
+        protocol.read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert replaced == 1
+    protocol.write_text(text, encoding="utf-8")
+    return code
+
+
+def test_a_server_of_a_newer_version_is_refused_with_what_to_do_and_the_others_go_on(
+    page: Page, lab: JupyterLab, complaints: list[str], tmp_path: Path
+) -> None:
+    with running_server(lab, tmp_path, newer_server(tmp_path)) as process:
+        line_of(lab, process.pid)
+        open_panel(page, lab)
+        first = wait_ready(page, FIRST)
+        command(page, "Open a Panel for Another Server")
+        second = page.locator(f"{SECOND} .iw-workbench")
+        expect(second.locator(".iw-status")).to_have_attribute("data-connection", "failed", timeout=READY_MS)
+        message = second.locator(".iw-message")
+        expect(message).to_contain_text(
+            re.compile(r"speaks telemetry protocol \d+, the client speaks \d+: the client is too old")
+        )
+        expect(message).to_contain_text("Reload")
+        expect(second.get_by_role("button", name="Try now")).to_be_visible()
+        for theme in ("Dark", "Dark High Contrast", "Light"):
+            use_theme(page, theme)
+            assert serious(page, f"{SECOND} .iw-status") == []
+        generate(first, "story", tokens=8)
+        finished(first)
+        assert produced(first)[0] == 8
+        # Whoever takes the server that can be understood goes on in the same panel.
+        second.locator("[data-action=choose-server]").select_option("jupyterlab")
+        wait_ready(page, SECOND)
+    assert [each for each in complaints if "WebSocket" not in each] == []
+    complaints.clear()
 
 
 def test_without_another_server_the_command_says_so_and_the_chooser_comes_when_asked_for(

@@ -21,6 +21,7 @@ from workbench_page import (
     open_panel,
     serious,
     speculating,
+    use_theme,
     wait_ready,
     wait_tokens,
 )
@@ -381,13 +382,10 @@ def test_layouts_projector_panes_and_the_cell_that_reproduces_the_state(page: Pa
 
 
 # The theme is kept; the last is what the other tests begin with.
-@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Dark High Contrast", "JupyterLab Light"])
+@pytest.mark.parametrize("theme", ["Dark", "Dark High Contrast", "Light"])
 def test_nobody_is_kept_out(page: Page, lab: JupyterLab, theme: str) -> None:
     workbench = open_panel(page, lab)
-    page.get_by_role("menuitem", name="Settings").click()
-    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{theme}$")).click()
-    page.wait_for_timeout(1500)
+    use_theme(page, theme)
     generate(workbench, "story", tokens=16, parallel=2)
     finished(workbench)
     workbench.locator(".iw-row-text .iw-token").nth(3).click()

@@ -36,6 +36,14 @@ def open_panel(page: Page, lab: JupyterLab) -> Locator:
     return wait_ready(page)
 
 
+def use_theme(page: Page, theme: str) -> None:
+    """Choose JupyterLab's ``theme``, e.g. ``"Dark"``. It is kept from page to page: leave "Light" to the next test."""
+    page.get_by_role("menuitem", name="Settings").click()
+    page.locator(".lm-Menu-itemLabel", has_text="Theme").first.hover()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^JupyterLab {theme}$")).click()
+    page.wait_for_timeout(1500)
+
+
 def write_notebook(lab: JupyterLab, name: str, sources: Sequence[str]) -> None:
     """Put a notebook into the folder that JupyterLab shows."""
     cells = [

@@ -199,7 +199,7 @@ export class InferenceServers implements IInferenceServer {
         // Who came or went is told by the list; so is which model it serves.
         if (state !== connection.status.state) {
           state = connection.status.state;
-          if (state === 'connected' || state === 'failed') {
+          if (state === 'connected' || state === 'failed' || state === 'ended') {
             void this.refresh();
           }
         }

@@ -65,7 +65,14 @@ export class StatusItem extends Widget {
       return trans.__('off');
     }
     if (connection.status.state !== 'connected') {
-      return connection.status.state === 'failed' ? trans.__('not connected') : trans.__('connecting…');
+      switch (connection.status.state) {
+        case 'failed':
+          return trans.__('not connected');
+        case 'ended':
+          return trans.__('ended');
+        default:
+          return trans.__('connecting…');
+      }
     }
     const { store } = connection;
     const engine = store.engine;

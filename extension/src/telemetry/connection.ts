@@ -16,7 +16,8 @@ import type { TelemetryStore } from './store';
  * - `failed`: needs a person; the reason says what to do
  * - `closed`: not wanted
  */
-export type ConnectionState = 'connecting' | 'connected' | 'waiting' | 'failed' | 'closed';
+/** Of `failed`, trying again may help once a person has acted; a server that has `ended` never comes back. */
+export type ConnectionState = 'connecting' | 'connected' | 'waiting' | 'failed' | 'ended' | 'closed';
 
 export interface ConnectionStatus {
   state: ConnectionState;
@@ -95,7 +96,7 @@ export abstract class ConnectionBase {
     this.status = { state, reason, retryAt };
     if (state === 'connected' && before.state !== 'connected' && this.reconnects > 0) {
       this.store.note('connection', 'Connected again.');
-    } else if (before.state === 'connected' && (state === 'waiting' || state === 'failed')) {
+    } else if (before.state === 'connected' && (state === 'waiting' || state === 'failed' || state === 'ended')) {
       this.store.note('error', reason);
     }
     this.statusListeners.forEach(listener => listener());

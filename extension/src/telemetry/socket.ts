@@ -59,7 +59,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
   }
 
   readonly retry = (): void => {
-    if (this.wanted && this.socket === null) {
+    if (this.wanted && this.socket === null && this.status.state !== 'ended') {
       this.backoffMs = FIRST_BACKOFF_MS;
       this.open();
     }
@@ -239,8 +239,8 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
     }
   }
 
-  /** Give up until a person acts. */
-  private refuse(reason: string): void {
+  /** Give up: until a person acts, or for good. */
+  private refuse(reason: string, state: 'failed' | 'ended' = 'failed'): void {
     const socket = this.socket;
     this.socket = null;
     socket?.close();
@@ -248,7 +248,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
       clearTimeout(this.retryTimer);
       this.retryTimer = null;
     }
-    this.setStatus('failed', reason);
+    this.setStatus(state, reason);
   }
 
   private lose(event: CloseEvent): void {
@@ -273,7 +273,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
       },
       (error: unknown) => {
         if (this.wanted) {
-          this.refuse(reasonOf(error));
+          this.refuse(reasonOf(error), 'ended');
         }
       }
     );
@@ -281,7 +281,7 @@ export class SocketConnection extends ConnectionBase implements TelemetryConnect
 
   /**
    * A browser is told nothing about a WebSocket that failed; plain HTTP tells which link of the chain is broken. Rejects
-   * with {@link RefusedError} where trying again is of no use.
+   * with {@link RefusedError} where the server has ended for good.
    */
   private async diagnose(event: CloseEvent): Promise<string> {
     if (event.code !== 1006 && event.reason) {

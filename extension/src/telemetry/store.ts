@@ -265,6 +265,7 @@ export class TelemetryStore {
       this.device = null;
       this.telemetryCost = null;
     }
+    const lastStep = sameServer ? this.steps.at(-1)?.event.step : undefined;
     this.steps.clear();
     this.tokens.clear();
     this.stepByNumber = new Map();
@@ -295,6 +296,14 @@ export class TelemetryStore {
         now.tokens.unshift(...before.tokens.filter(token => token.index < firstIndex));
         now.preemptedNs = [...new Set([...before.preemptedNs, ...now.preemptedNs])];
       }
+    }
+    const unseen = lastStep === undefined ? 0 : (this.steps.at(0)?.event.step ?? 0) - lastStep - 1;
+    if (unseen > 0) {
+      this.tell({
+        kind: 'gap',
+        atNs: snapshot.now_ns,
+        text: `${unseen} steps went by while this page was not connected; their tokens are not shown.`
+      });
     }
     this.trimRequests();
     this.changed();

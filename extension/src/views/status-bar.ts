@@ -3,7 +3,7 @@
 import { measuredBadge } from './badge';
 import { h, setText } from './dom';
 import { magnitude, significant } from './format';
-import type { EngineAction } from '../telemetry/connection';
+import type { ConnectionState, EngineAction } from '../telemetry/connection';
 import { pageNow } from '../telemetry/clock';
 import type { PaintStats } from './loop';
 import type { View, ViewContext } from './view';
@@ -125,15 +125,7 @@ export class StatusBar implements View {
           ? ''
           : trans.__('At this moment: %1', describeEngine(engine, trans));
     } else if (!connected) {
-      level = status.state === 'failed' ? 'bad' : status.state === 'closed' ? 'off' : 'busy';
-      text =
-        status.state === 'failed'
-          ? trans.__('Not connected')
-          : status.state === 'closed'
-            ? trans.__('Closed')
-            : status.state === 'waiting'
-              ? trans.__('Reconnecting')
-              : trans.__('Connecting');
+      [level, text] = this.unconnected(status.state);
       reason = status.reason;
       if (status.retryAt !== null && reason) {
         const seconds = Math.max(0, (status.retryAt - pageNow()) / 1000);
@@ -198,7 +190,7 @@ export class StatusBar implements View {
     }
     this.message.hidden = reason === '';
     setText(this.messageText, reason);
-    this.retry.hidden = connected || status.state === 'connecting' || status.state === 'closed';
+    this.retry.hidden = status.state !== 'waiting' && status.state !== 'failed';
     const lag = this.stats().latencyP50Ms;
     setText(this.lag, lag === null ? '–' : `${significant(lag)} ms`);
     const state = engine?.state;
@@ -215,6 +207,22 @@ export class StatusBar implements View {
 
   dispose(): void {
     clearInterval(this.countdown);
+  }
+
+  private unconnected(state: ConnectionState): [Level, string] {
+    const { trans } = this.context;
+    switch (state) {
+      case 'failed':
+        return ['bad', trans.__('Not connected')];
+      case 'ended':
+        return ['off', trans.__('Ended')];
+      case 'closed':
+        return ['off', trans.__('Closed')];
+      case 'waiting':
+        return ['busy', trans.__('Reconnecting')];
+      default:
+        return ['busy', trans.__('Connecting')];
+    }
   }
 
   private describeModel(): string {

@@ -196,9 +196,15 @@ class _Client:
             if isinstance(message, Subscribe):
                 if message.protocol == PROTOCOL_VERSION:
                     return message
+                older, cure = (
+                    ("client", "Reload the page, or restart the kernel, so that it runs the installed version")
+                    if message.protocol < PROTOCOL_VERSION
+                    else ("server", "Restart the server so that it runs the installed version")
+                )
                 await self._complain(
-                    f"This server speaks telemetry protocol {PROTOCOL_VERSION}, the client speaks {message.protocol}. "
-                    "Install the same version of inference-workbench on both sides, then reload."
+                    f"This server speaks telemetry protocol {PROTOCOL_VERSION}, the client speaks {message.protocol}: "
+                    f"the {older} is too old. {cure}; if that does not help, install the same version of "
+                    "inference-workbench on both sides."
                 )
             elif isinstance(message, ClockRequest):
                 await self._tell_time(message)
