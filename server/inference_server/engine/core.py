@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import torch
@@ -30,7 +30,7 @@ from inference_server.engine.rejection import Verified
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
 from inference_server.engine.runner import ModelRunner, Runner, WeightReader
-from inference_server.engine.sampler import Tokens
+from inference_server.engine.sampler import DeviceTokens, Tokens
 from inference_server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from inference_server.engine.sleeping import Freed, Sleeper, SleepError, Stopwatch
 from inference_server.engine.speculation import available, eagle_head
@@ -184,18 +184,6 @@ class _Phases:
         setattr(self, phase, getattr(self, phase) + now - self.last)
         self.last = now
         return now
-
-
-@runtime_checkable
-class Waitable(Protocol):
-    """Tokens of a GPU's step."""
-
-    def wait(self) -> None:
-        """Wait until the device is done with the step."""
-
-    @property
-    def device_ns(self) -> int | None:
-        """How long it took the device."""
 
 
 class Engine:
@@ -961,7 +949,7 @@ class Engine:
         """Choose the tokens of a launched step, book them, and report it."""
         plan, pending = flight.plan, flight.greedy
         device_ns = None
-        if isinstance(pending, Waitable):
+        if isinstance(pending, DeviceTokens):
             pending.wait()
             device_ns = pending.device_ns
             phases.end("forward")

@@ -21,6 +21,7 @@ import psutil
 import zmq
 
 from inference_server.features import FeatureError
+from inference_server.garbage import keep_what_is_loaded
 from inference_server.lifetime import die_with_parent
 from inference_server.protocol import (
     EXIT_LOAD_FAILED,
@@ -134,6 +135,7 @@ class EngineProcess:
             self._emit(LoadFailed(f"{type(error).__name__}: {error}", "the traceback is in the engine's log"))
             return self._close(EXIT_LOAD_FAILED)
         self._engine = engine
+        keep_what_is_loaded()
         model = engine.model_info()
         key = calibration.ceilings_key(engine.loaded.device, model.device_name, engine.loaded.dtype)
         known = calibration.remembered(key)

@@ -52,7 +52,18 @@ class WeightReader(Runner, Protocol):
         """Another runner of the same model over another cache."""
 
 
-class ModelRunner:
+class Capturing:
+    """A runner that can keep hidden states of the last step. A class and no protocol: it is asked for in every step."""
+
+    capture: bool = False
+    """Keep the hidden states that enter :attr:`capture_layers`."""
+    capture_layers: tuple[int, ...] = ()
+    features: Tensor | None = None
+    """The hidden states of the last step, ``[positions, layers * hidden]`` in float32, valid until the next one;
+    ``None`` where none were kept."""
+
+
+class ModelRunner(Capturing):
     """Runs plans through a transformers causal language model.
 
     Parameters
@@ -69,11 +80,6 @@ class ModelRunner:
         self.model = model
         self.tensors = tensors
         self.device = tensors.device
-        self.capture = False
-        """Keep the hidden states that enter :attr:`capture_layers`."""
-        self.capture_layers: tuple[int, ...] = ()
-        self.features: Tensor | None = None
-        """The hidden states of the last step, ``[positions, layers * hidden]`` in float32, where they were kept."""
         self.last_attention_calls = 0
         self.attention_ns: int | None = None
         """What attention took of the last step, where calling it is doing it: on a CPU."""

@@ -6,11 +6,12 @@ request draws the same numbers whatever else is in the batch, after any preempti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from struct import pack
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +32,28 @@ class Tokens(Protocol):
         """Wait for them and return them."""
 
 
-@runtime_checkable
-class Chosen(Protocol):
-    """Tokens that were chosen, as :func:`sample` would, where the logits are."""
+class DeviceTokens(ABC):
+    """Tokens that a GPU chose where the logits are. A class and no protocol: it is asked for in every step."""
 
-    @property
-    def final(self) -> bool:
-        """Whether that holds for every row; otherwise they are just the most likely ones."""
+    final: bool
+    """Whether they are what :func:`sample` would choose, in every row; otherwise they are just the most likely ones."""
 
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait until the device is done with the step."""
+
+    @abstractmethod
+    def tolist(self) -> list[int]:
+        """Wait for them and return them."""
+
+    @abstractmethod
     def sampled(self) -> Sampled:
         """Wait for them and return them with what was asked for."""
+
+    @property
+    @abstractmethod
+    def device_ns(self) -> int | None:
+        """How long the step took the device; call :meth:`wait` before."""
 
 
 @dataclass(slots=True)
@@ -71,7 +84,7 @@ def sample(
     """
     if not requests:
         return Sampled([], [], [])
-    if isinstance(greedy, Chosen) and greedy.final:
+    if isinstance(greedy, DeviceTokens) and greedy.final:
         return greedy.sampled()
     if greedy is not None and all(map(takes_most_likely, requests)):
         # No copy of the logits and no search: at 32 rows of a large vocabulary they cost milliseconds.

@@ -42,6 +42,7 @@ from inference_server.front.tokenizer import ModelTokenizer
 from inference_server.front.tracing import Tracer
 from inference_server.front.traffic import Traffic
 from inference_server.front.traffic_api import TrafficApi
+from inference_server.garbage import keep_what_is_loaded
 from inference_server.protocol import (
     PROTOCOL_VERSION,
     Ceilings,
@@ -166,6 +167,7 @@ class Front:
     async def engine_loaded(self, ready: Ready) -> None:
         """Load the model's tokenizer."""
         self._tokenizer = await asyncio.to_thread(ModelTokenizer, ready.model.path)
+        keep_what_is_loaded()
         self.metrics.ready(ready)
         self.book.work = ready.work
         self.recorder.ready(ready, self.supervisor.versions)

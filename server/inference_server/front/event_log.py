@@ -11,7 +11,6 @@ import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -40,9 +39,8 @@ _RECENT_REQUESTS = 200
 _RECENT_RECORDINGS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One logged event in its place."""
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One logged event in its place. There are many, and none for the garbage collector to look through."""
 
     position: int
     encoded: msgspec.Raw

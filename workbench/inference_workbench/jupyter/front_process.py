@@ -19,6 +19,7 @@ from pathlib import Path
 
 import aiohttp
 
+from inference_server.garbage import keep_what_is_loaded
 from inference_server.lifetime import Lifeline, lifeline
 from inference_workbench.sockets import new_socket_path
 
@@ -143,6 +144,8 @@ class FrontProcess:
             self._lifeline = line
         self._reader = asyncio.create_task(self._read_output(process))
         self._log.info("Inference Workbench: started its server (process %s).", process.pid)
+        # All telemetry goes through this process. It has to wait for the new one anyway.
+        keep_what_is_loaded()
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not await self._answers():
             if process.returncode is not None:

@@ -24,6 +24,7 @@ from inference_server.engine.cpu.team import Team
 from inference_server.engine.llama import Architecture
 from inference_server.engine.quantization.packing import GRIDS
 from inference_server.engine.quantization.variants import Variant
+from inference_server.engine.runner import Capturing
 from inference_server.engine.scheduler import Scheduled, StepPlan
 from inference_server.features import MAX_DRAFTS
 
@@ -88,7 +89,7 @@ class _Linear:
 Part = tuple[str, int, int] | tuple[str, Tensor, Tensor, Tensor]
 
 
-class FastRunner:
+class FastRunner(Capturing):
     """The fast path of one model.
 
     Parameters
@@ -107,10 +108,6 @@ class FastRunner:
         self.label = "fast-cpu fp32" if architecture.dtype == torch.float32 else "fast-cpu bf16"
         self.greedy: NDArray[np.int64] | None = None
         """Most likely token of each row of the last logits, computed beside them."""
-        self.capture = False
-        """Keep the hidden states that enter :attr:`capture_layers`."""
-        self.capture_layers: tuple[int, ...] = ()
-        self.features: Tensor | None = None
         self.kernel_ns = 0
         """Time that the last step spent in kernels and in calling them; the rest of the step is the host's."""
         self._bf16 = int(architecture.dtype == torch.bfloat16)

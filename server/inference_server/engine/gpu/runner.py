@@ -28,7 +28,7 @@ from inference_server.engine.gpu.tiles import Tile, choose_tile
 from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
-from inference_server.engine.sampler import Sampled
+from inference_server.engine.sampler import DeviceTokens, Sampled
 from inference_server.engine.scheduler import StepPlan
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
@@ -76,7 +76,7 @@ def _aligned(length: int) -> int:
     return -(-length // 4) * 4
 
 
-class Selection:
+class Selection(DeviceTokens):
     """The tokens chosen for the sampled rows, on their way from the device.
 
     Parameters

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,18 +26,6 @@ from inference_server.features import Features
 
 ROWS_AT_ONCE = 512
 """Rows of the head's forward pass when it catches up."""
-
-
-@runtime_checkable
-class Capturing(Protocol):
-    """A runner that can keep hidden states of the last step."""
-
-    capture: bool
-    """Whether it is to."""
-
-    @property
-    def features(self) -> Tensor | None:
-        """``[positions, layers * hidden]`` in float32, valid until the next step; ``None`` where it kept none."""
 
 
 @dataclass(slots=True)

@@ -6,10 +6,10 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 
 from inference_server.engine.request import Request
-from inference_server.engine.runner import Runner
+from inference_server.engine.runner import Capturing, Runner
 from inference_server.engine.scheduler import Scheduled, StepPlan, Wish
 from inference_server.engine.speculation.adaptive import Adaptive
-from inference_server.engine.speculation.eagle import Capturing, EagleProposer
+from inference_server.engine.speculation.eagle import EagleProposer
 from inference_server.engine.speculation.proposer import Proposer
 from inference_server.features import WEIGHT_FEATURES, Features
 from inference_server.protocol import Kind
