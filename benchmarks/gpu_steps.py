@@ -62,8 +62,8 @@ def build(shape: str) -> runner.GpuRunner:
     for cache in (*tensors.keys, *tensors.values):
         cache.normal_()
     made = runner.GpuRunner(architecture, SimpleNamespace(tensors=tensors), 4096, 256)
-    made._qkv_parts = torch.empty(8 * 256 * sizes["qkv"][0], device="cuda")
-    made._delta_parts = torch.empty(8 * 256 * hidden, device="cuda")
+    made._buffers.qkv_parts = torch.empty(8 * 256 * sizes["qkv"][0], device="cuda")
+    made._buffers.delta_parts = torch.empty(8 * 256 * hidden, device="cuda")
     return made
 
 
@@ -74,7 +74,7 @@ def fill(made: runner.GpuRunner, rows: int) -> None:
     made._tables[:rows, : blocks.shape[1]] = blocks.to("cuda", torch.int32)
     columns = (torch.full((rows,), 7), torch.full((rows,), CONTEXT), torch.arange(rows), torch.arange(rows))
     for part, column in enumerate(columns):
-        made._inputs[part * stride : part * stride + rows] = column.to("cuda", torch.int32)
+        made._buffers.inputs[part * stride : part * stride + rows] = column.to("cuda", torch.int32)
 
 
 def main() -> None:
@@ -119,7 +119,7 @@ def tune(made: runner.GpuRunner, shape: str, m: int, alone: list[dict[str, Any]]
                         linear(x, weight, torch.empty(shape_, device="cuda", dtype=like), t, gated=key[2], pdl=True)
 
     def step() -> float:
-        return timed(lambda: made._decode(m), 7) * 1e6
+        return timed(lambda: made._decode(made._buffers, m), 7) * 1e6
 
     log: dict[str, Any] = {"shape": shape, "m": m, "layers": LAYERS}
     best = step()

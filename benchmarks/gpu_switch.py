@@ -26,6 +26,7 @@ from switch import SWITCHES, Load, row
 
 from inference_server.engine import attention, loader
 from inference_server.engine.core import Engine
+from inference_server.garbage import keep_what_is_loaded
 from inference_server.models.locate import LocatedModel
 from inference_server.protocol import EngineConfig
 
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for torch.compile")
     options = parser.parse_args()
     engine = make(options.shape, options.requests)
+    keep_what_is_loaded()  # as the engine's process does
     load = Load(engine, options.requests)
     for _ in range(200):  # so that every kernel and graph is there
         load.step()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -126,10 +126,21 @@ class _Flight:
     """Who proposed tokens that the step verifies."""
     draft_ns: int
     kv_events: list[Operation]
+    novel: bool = False
+    """Something was compiled or captured for it, so its time says nothing about other steps."""
     booked: bool = False
     """The scheduler knows what the step computes; only its tokens are missing."""
     after: tuple[int, int, KvUsage] | None = None
     """Running and waiting requests and the KV cache after the step, where the next one was scheduled since."""
+
+
+@dataclass(slots=True)
+class _Unreported:
+    """What attempts to launch a step did that found no room in memory; the next step's report tells."""
+
+    started: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    events: list[Operation] = field(default_factory=list)
 
 
 class _MemoryLimit:
@@ -245,8 +256,7 @@ class Engine:
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
-        on_cpu = None if self.gpu is not None else cast("FastRunner | None", self.fast)
-        self._proposers = available.proposers(loaded, draft, head, self.runner, on_cpu, self.capacity)
+        self._proposers = available.proposers(loaded, draft, head, self.runner, self.fast, self.capacity)
         self.speculation = Speculation(self._proposers.by_name)
         if "early_exit" in self._proposers.unavailable:
             unavailable["early_exit_layers"] = self._proposers.unavailable["early_exit"]
@@ -292,6 +302,7 @@ class Engine:
         self._busy_since_ns = time.monotonic_ns()
         self._flight: _Flight | None = None
         self._landed: deque[tuple[StepReport, list[FeaturesSettled]]] = deque()
+        self._unreported = _Unreported()
         self._sleeper = Sleeper(loaded.device)
         self.asleep = False
         """Its memory was given back; requests wait."""
@@ -554,6 +565,7 @@ class Engine:
         self._settling.clear()
         self._flight = None
         self._landed.clear()
+        self._unreported = _Unreported()
         return failed
 
     def woke(self) -> None:
@@ -574,7 +586,8 @@ class Engine:
         self._take_up_deferred()
         news: list[News] = [*self._news]
         self._news.clear()
-        if not self.has_work() and (operations := self._take_kv_events()):
+        if not self.has_work() and (operations := self._unreported.events + self._take_kv_events()):
+            self._unreported.events = []
             news.append(
                 as_event(self.scheduler.step, operations)
             )  # no step will come to report them: after a cancellation, or a switch of the layout
@@ -613,11 +626,11 @@ class Engine:
         self._land()
         tensors = self.runner.tensors
         weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers(), *self._proposers.weights]
-        host_bytes = self._sleeper.release(weights, [*tensors.whole, *self._proposers.caches])
-        self.speculation.forget()
-        self._restart_cache(self.features)
         if self.gpu is not None:
             self.gpu.forget_graphs()
+        self.speculation.forget()
+        host_bytes = self._sleeper.release(weights, [*tensors.whole, *self._proposers.caches])
+        self._restart_cache(self.features)
         self.asleep = True
         return stopwatch.result(host_bytes, len(self.requests))
 
@@ -810,7 +823,7 @@ class Engine:
             flight.after = self._occupancy()
             flight.kv_events += self._take_kv_events()
             phases.end("update")
-            ahead = self._launch(phases)
+            ahead = self._launch(phases, ahead=True)
         report, settled = self._complete(flight, begin, phases)
         self._flight = ahead
         return report, settled
@@ -845,12 +858,13 @@ class Engine:
             and not any(sampler.depends_on_its_output(item.request) for item in flight.sampling)
         )
 
-    def _launch(self, phases: _Phases) -> _Flight | None:
-        """Schedule a step and start its forward pass; ``None`` if there is nothing to compute."""
-        features = self.features
-        events: list[Operation] = []
-        started: list[Request] = []
-        preempted: list[Request] = []
+    def _launch(self, phases: _Phases, *, ahead: bool = False) -> _Flight | None:
+        """Schedule a step and start its forward pass; ``None`` if there is nothing to compute.
+
+        Of a step that is launched ``ahead`` of another's completion only one attempt is made: where memory runs out
+        late, it has left tokens on the device in place of those that the next attempt would begin with.
+        """
+        features, earlier = self.features, self._unreported
         while True:
             if not self.scheduler.has_work():
                 return None
@@ -860,10 +874,10 @@ class Engine:
             if not plan.items:
                 self.cache.transfers[:0] = plan.transfers
                 return None
-            events += self._take_kv_events()
+            earlier.events += self._take_kv_events()
             phases.end("schedule")
             phases.move("schedule", "forward", self.speculation.wishing_ns)
-            plan.started[:0], plan.preempted[:0] = started, preempted
+            plan.started[:0], plan.preempted[:0] = earlier.started, earlier.preempted
             runner = self._runner(features)
             if self.gpu is not None:
                 self.gpu.use_graphs = features.cuda_graphs
@@ -879,12 +893,15 @@ class Engine:
                 if not is_out_of_memory(error):
                     raise
                 self._shrink(plan, features, error)
+                earlier.started, earlier.preempted = plan.started, plan.preempted
+                if ahead:
+                    return None
             else:
                 break
             finally:
                 phases.end("forward")
-            started, preempted = plan.started, plan.preempted
         self._memory.succeeded()
+        self._unreported = _Unreported()
         return _Flight(
             plan=plan,
             features=features,
@@ -896,7 +913,8 @@ class Engine:
             sampling=[item for item in plan.items if item.sample],
             proposers=proposers,
             draft_ns=self.speculation.spent_ns,
-            kv_events=events,
+            kv_events=earlier.events,
+            novel=runner is self.gpu and self.gpu is not None and self.gpu.novel,
         )
 
     def _path(self, runner: Runner, plan: StepPlan) -> str:
@@ -985,9 +1003,8 @@ class Engine:
             if request.finish_reason is not None:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
-        self.speculation.learn(
-            plan, flight.features, accepted, time.monotonic_ns() - begin - flight.draft_ns, flight.draft_ns
-        )
+        step_ns = None if flight.novel else time.monotonic_ns() - begin - flight.draft_ns
+        self.speculation.learn(plan, flight.features, accepted, step_ns, flight.draft_ns)
         settled = self._settle(tokens.request)
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before

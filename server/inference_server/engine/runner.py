@@ -63,6 +63,20 @@ class Capturing:
     ``None`` where none were kept."""
 
 
+@runtime_checkable
+class Replaying(Runner, Protocol):
+    """A fast path that records steps and replays them, and computes tokens that only the device knows so far.
+
+    Such a token is one that the step before chose: its position is planned, and the request does not have it yet.
+    """
+
+    use_graphs: bool
+    """Replay them (the feature ``cuda_graphs``)."""
+
+    def forget_graphs(self) -> None:
+        """Give up what was recorded: it holds addresses that are about to change, and memory."""
+
+
 class ModelRunner(Capturing):
     """Runs plans through a transformers causal language model.
 

@@ -14,7 +14,7 @@ from inference_server.engine.core import Engine
 from inference_server.models.locate import LocatedModel
 from inference_server.protocol import EngineConfig, SamplingParams, Submit
 
-DEVICE = torch.device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
+DEVICE = loader.resolve_device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
 """Where the models of the engine's tests run."""
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 

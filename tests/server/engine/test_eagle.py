@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
-from serving import GREEDY, generate, run, submit
+from serving import DEVICE, GREEDY, generate, run, submit
 from test_speculation import engine_for, head_for, repetitive
 
 from inference_server.engine.cpu.head import CpuHeadRunner
@@ -19,6 +19,8 @@ from inference_server.engine.speculation.eagle import EagleProposer, HeadRows, T
 from inference_server.engine.speculation.eagle_head import EagleHead, HeadShape
 from inference_server.engine.speculation.own_cache import GREEDY as HEAD_GREEDY
 from inference_server.models.errors import ModelError
+
+on_a_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="EAGLE-style heads run on a CPU only so far")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,7 @@ def dense(model: Any, head: EagleHead, tokens: list[int], k: int) -> list[int]:
         last, past = head(embed[torch.tensor([[proposed[-1]]])], last, position, past)
 
 
+@on_a_cpu
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("residual", [False, True])
 @torch.no_grad()
@@ -77,6 +80,7 @@ def test_it_proposes_what_the_dense_computation_does(model: Any, fast: bool, res
         assert drafts == dense(model, head, tokens, len(drafts))
 
 
+@on_a_cpu
 @torch.no_grad()
 def test_what_it_has_not_seen_it_begins_without(model: Any) -> None:
     head = head_for(model)
@@ -155,6 +159,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
         eagle_head.load(tmp_path)
 
 
+@on_a_cpu
 def test_a_head_for_another_model_is_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="reads layers"):
         engine_for(model, head=head_for(model, feature_layers=(0, 1, 9)))

@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter on the CPU: the same code, slowly
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from inference_server.engine.llama import fuse
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.engine.speculation.sequential import EarlyExitProposer, Passes, first_layers
+from inference_server.features import Features
 from inference_server.protocol import Kind, SamplingParams
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -233,6 +236,57 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
         assert relative(out[row], expected.flatten()) < 4 * tolerance(dtype), f"request {seat}, position {position}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("begins", "counts", "depth", "window", "bias", "norm"),
+    [
+        ([0, 7, 8, 64, 300], [1, 5, 8, 3, 2], 8, 0, False, True),
+        ([3, 90], [7, 1], 8, 20, True, False),
+        ([100], [17], 32, 5, True, True),
+    ],
+)
+def test_attention_of_a_few_positions_each_agrees_with_float64(
+    dtype: torch.dtype, begins: list[int], counts: list[int], depth: int, window: int, bias: bool, norm: bool
+) -> None:
+    case = Case(dtype, [begin + count for begin, count in zip(begins, counts, strict=True)], bias=bias, norm=norm)
+    total, places = sum(counts), [sum(counts[:n]) for n in range(len(counts))]
+    positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)])
+    positions = torch.cat([positions, torch.tensor([-1])]).to(DEVICE, torch.int32)
+    seats = [seat for seat, count in enumerate(counts) for _ in range(count)]
+    segments = [each for pair in zip(places, counts, strict=True) for each in pair]
+    for splits in (1, 4):
+        keys, values = case.keys.clone(), case.values.clone()
+        qkv = torch.randn(total + 1, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
+        part = torch.randn_like(qkv, dtype=torch.float32)
+        given = qkv if splits == 1 else torch.stack([qkv.float() - part, part])
+        out = torch.full((total + 1, case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
+        count = (len(counts) + 1) * case.kv
+        counters = torch.zeros(count, dtype=torch.int32, device=DEVICE)
+        scratch = count * splits * kernels.verify_rows(depth, case.heads // case.kv)
+        kernels.attend_verify(
+            given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin,
+            torch.tensor([*segments, 0, 0], device=DEVICE, dtype=torch.int32).view(-1, 2), positions,
+            torch.tensor([*seats, -1], device=DEVICE, dtype=torch.int32), case.tables, keys, values, out,
+            torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
+            scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits,
+            depth=depth, block=16,
+        )  # fmt: skip
+        q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
+        written = torch.zeros(len(keys), dtype=torch.bool, device=DEVICE)
+        for row in range(total):
+            position = int(positions[row])
+            slots = case.slots(seats[row], position + 1)
+            assert relative(keys[slots[-1]], k[row]) < tolerance(dtype), "the key is in the cache"
+            assert relative(values[slots[-1]], v[row]) < tolerance(dtype)
+            expected = case.attend(q[row], keys[slots], values[slots], position, window)
+            difference = relative(out[row], expected.flatten())
+            assert difference < 4 * tolerance(dtype), f"request {seats[row]}, position {position}, {splits} splits"
+            written[slots[-1]] = True
+        assert out[-1].isnan().all(), "a row of no request is left alone"
+        assert not counters.any(), "the counters are ready for the next step"
+        assert torch.equal(keys[~written], case.keys[~written]), "nothing else was written"
+
+
 @pytest.mark.parametrize(
     ("name", "mixed_decode_rows"),
     [
@@ -260,7 +314,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         tokens = torch.randint(3, 256, (length + 8,)).tolist()
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         request = Request(handle=handle, prompt_len=length, tokens=tokens, sampling=sampling, seed=0, arrival=handle)
-        request.blocks = [blocks.pop() for _ in range(-(-len(tokens) // 16))]
+        request.blocks = [blocks.pop() for _ in range(1 - (-len(tokens) // 16))]
         requests.append(request)
     a, b, c, d = requests
     steps: list[list[tuple[Request, int, int]]] = [
@@ -294,20 +348,78 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
     assert relative(got, expected) <= 1e-5
-    # Proposals to verify, beside a single position: logits of them all.
+    # Positions in the middle of prompts, one each: nothing is chosen.
+    middle = [Scheduled(request, 3, 1, Kind.RECOMPUTE, sample=False) for request in (a, b)]
+    plan = StepPlan(len(steps), middle, use_cache=True)
+    assert len(fast.forward(plan, fast.prepare(plan))) == 0
+    assert fast.greedy is not None
+    assert fast.greedy.tolist() == []
+    # Proposals to verify, beside single positions: logits of them all, but for a position in the middle of a prompt.
     a.tokens.append(5)
     c.tokens.append(8)
-    verify = Scheduled(a, len(a.tokens) - 1, 4, Kind.VERIFY, sample=True)
-    verify.propose([7, 9, 11])
-    items = [Scheduled(c, len(c.tokens) - 1, 1, Kind.DECODE, sample=True), verify]
-    plan = StepPlan(len(steps) + 1, items, use_cache=True)
-    expected = plain.forward(plan, plain.prepare(plan)).clone()
-    got = fast.forward(plan, fast.prepare(plan))
-    assert len(got) == 1 + 4
-    assert relative(got, expected) <= 1e-5
-    assert fast.greedy is not None
-    assert not fast.greedy.final, "the host decides"
-    assert fast.greedy.tolist() == got.argmax(-1).tolist()
+    for number, (drafts, more, sample) in enumerate(
+        (([7, 9, 11], [], True), ([7, 9, 11], [4], False), ([3] * 9, [], True))
+    ):
+        verify = Scheduled(a, len(a.tokens) - 1, 1 + len(drafts), Kind.VERIFY, sample=True)
+        verify.propose(drafts)
+        items = [Scheduled(c, len(c.tokens) - 1, 1, Kind.DECODE, sample=sample), verify]
+        if more:
+            items.append(Scheduled(d, len(d.tokens) - 1, 2, Kind.VERIFY, sample=True, drafts=more))
+        plan = StepPlan(len(steps) + 1 + number, items, use_cache=True)
+        expected = plain.forward(plan, plain.prepare(plan)).clone()
+        for depths in (runner.VERIFY_DEPTHS, ()):  # in the fixed buffers, and as any step
+            with monkeypatch.context() as patch:
+                patch.setattr(runner, "VERIFY_DEPTHS", depths)
+                packed = fast.prepare(plan)
+            assert (packed.shape is not None) == bool(depths)
+            got = fast.forward(plan, packed)
+            assert len(got) == sample + 1 + len(drafts) + 2 * len(more)
+            assert relative(got, expected) <= 1e-5
+            assert fast.greedy is not None
+            assert not fast.greedy.final, "the host decides"
+            assert fast.greedy.tolist() == got.argmax(-1).tolist()
+
+
+def test_a_proposing_model_on_the_gpu_path_says_what_it_says_on_the_plain_one() -> None:
+    model: Any = build("llama").to(DEVICE)
+    model.set_attn_implementation(NAME)
+    tensors = PagedKVTensors(16, 16, torch.device(DEVICE), torch.float32)
+    tensors.reserve([(2, 16, 16)] * 3)
+    plain = ModelRunner(model, tensors)
+    architecture = fuse(model, torch.float32, 64)
+    fast = GpuRunner(architecture, plain, 64, 2).sibling(replace(architecture, layers=architecture.layers[:2]))
+    short = ModelRunner(first_layers(model, 2), tensors)
+    said = []
+    for each in (short, fast):
+        # Tokens are drawn for the request, but proposed are the likeliest.
+        sampling = SamplingParams(max_tokens=9, temperature=5.0)
+        request = Request(handle=0, prompt_len=20, tokens=list(range(3, 23)), sampling=sampling, seed=1, arrival=0)
+        request.blocks = [3, 5, 1]
+        passes = Passes(each)
+        passes.follow(Features(cuda_graphs=True))
+        start, tokens = 0, []
+        for place in range(6):
+            count = len(request.tokens) - start
+            tokens += passes.run([Scheduled(request, start, count, Kind.DRAFT, sample=True)]).tolist()
+            start += count
+            request.tokens.append(tokens[-1])
+            if place == 2:  # what it said was right, and the model said one more
+                request.tokens.append(9)
+        passes.forget_graphs()
+        # One after another, on the GPU before the host knows what the last one said.
+        proposer = EarlyExitProposer(tensors, lambda _, runner=each: runner)
+        items = [Scheduled(request, start, 1 + count, Kind.VERIFY, sample=True) for count in (4, 4)]
+        items[1].request = replace(request, handle=1, tokens=[*request.tokens[:-1], 77], blocks=[2, 6, 4])
+        for keys in (*tensors.keys, *tensors.values):
+            for old, new in zip(request.blocks, (2, 6, 4), strict=True):
+                keys[16 * new :][:16] = keys[16 * old :][:16]
+        for number, count in enumerate((4, 1, 3)):
+            items[0].count = 1 + count
+            tokens += proposer.propose(StepPlan(number, items, use_cache=True), items, Features(early_exit_layers=2))
+        assert len(request.tokens) == start + 1, "the request has none of it"
+        said.append(tokens)
+    assert said[0] == said[1]
+    assert len(set(map(str, said[0]))) > 4
 
 
 def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +430,7 @@ def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkey
     tensors.reserve([(2, 16, 16)] * 3)
     architecture = fuse(model, torch.float32, 64)
     every = list(model.model.layers)
-    assert path._difference(model, architecture, tensors) < 1e-5
+    assert path._difference(model, architecture, tensors, 2) < 1e-5
     assert list(model.model.layers) == every
     architecture.layers[2].down = architecture.layers[2].down * 1.02
-    assert path._difference(model, architecture, tensors) > 1e-4
+    assert path._difference(model, architecture, tensors, 2) > 1e-4

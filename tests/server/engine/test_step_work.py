@@ -53,7 +53,9 @@ def test_the_operations_of_a_prompt_are_those_that_torch_counts(architecture: st
     # torch computes the whole square of scores; a causal model needs the half of it that the definition counts.
     square = work.attention_flops_per_pair * PROMPT**2
     triangle = work.attention_flops_per_pair * PROMPT * (PROMPT + 1) // 2
-    assert steps_of(engine, 1)[0].flops == counted - square + triangle
+    # Where transformers computes the angles of rotation by a matrix product, torch counts that too.
+    angles = 0 if architecture == "gpt2" else model.config.head_dim * PROMPT
+    assert steps_of(engine, 1)[0].flops + square - triangle in {counted, counted - angles}
 
 
 @pytest.mark.parametrize("architecture", ["llama, tied", "llama"])

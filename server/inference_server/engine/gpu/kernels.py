@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter. Its matrix products are wrong for bfloat16, so there they are float32."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+unchanged = threading.RLock()
+"""While held, no kernel takes the place of one that was launched: another thread may have compiled the same.
+
+A kernel is loaded when it is first launched, which must not happen while launches are captured.
+"""
 
 
 class _Mode(threading.local):
@@ -47,8 +54,12 @@ def compiling() -> Iterator[None]:
         return
     _mode.compiling = True
     try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, ExitStack() as stack:
+            mode = stack.enter_context(triton.AsyncCompileMode(pool))
             yield
+            wait(mode.raw_futures)
+            with unchanged:
+                stack.close()
     finally:
         _mode.compiling = False
 
@@ -337,20 +348,21 @@ def silu_mul(both: Tensor, out: Tensor, *, pdl: bool = False) -> None:
 
 
 @triton.jit
-def _rotated(base, apart, bias, gain, heads, position, cos, sin, eps, PARTS: tl.constexpr, D: tl.constexpr,
-             BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, mask):  # fmt: skip
+def _rotated(base, place, apart, bias, gain, heads, position, cos, sin, eps, PARTS: tl.constexpr, D: tl.constexpr,
+             BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, EACH: tl.constexpr, mask):  # fmt: skip
     """Heads ``[len(heads), D]`` of a projection as attention uses them: with bias, normalized, rotated; float32.
 
-    The projection is the sum of ``PARTS``, that lie ``apart`` from one another.
+    They begin at ``base + place``. The projection is the sum of ``PARTS``, that lie ``apart`` from one another. All of
+    them stand at one ``position``, or, with ``EACH``, at one of their own.
     """
     d = tl.arange(0, D)
     other = (d + D // 2) % D
-    x = tl.load(base + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(base + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(base + place[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(base + place[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
         more = base + part * apart
-        x += tl.load(more + heads[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        y += tl.load(more + heads[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(more + place[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(more + place[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + heads[:, None] * D + d[None, :], mask=mask, other=0.0)
         y += tl.load(bias + heads[:, None] * D + other[None, :], mask=mask, other=0.0)
@@ -359,11 +371,49 @@ def _rotated(base, apart, bias, gain, heads, position, cos, sin, eps, PARTS: tl.
         x = x * factor[:, None] * tl.load(gain + d)[None, :]
         y = y * factor[:, None] * tl.load(gain + other)[None, :]
     if ROTATE:
-        c = tl.load(cos + position * (D // 2) + d % (D // 2))
-        s = tl.load(sin + position * (D // 2) + d % (D // 2))
-        s = tl.where(d < D // 2, -s, s)
-        x = x * c[None, :] + y * s[None, :]
+        if EACH:
+            turn = position[:, None] * (D // 2) + (d % (D // 2))[None, :]
+            c = tl.load(cos + turn, mask=mask, other=0.0)
+            s = tl.load(sin + turn, mask=mask, other=0.0)
+            s = tl.where((d < D // 2)[None, :], -s, s)
+            x = x * c + y * s
+        else:
+            c = tl.load(cos + position * (D // 2) + d % (D // 2))
+            s = tl.load(sin + position * (D // 2) + d % (D // 2))
+            s = tl.where(d < D // 2, -s, s)
+            x = x * c[None, :] + y * s[None, :]
     return x
+
+
+@triton.jit
+def _gather(total, largest, weight, target, own, g, rows, slot0, split, active, partial, state, counter,
+            D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Leave what a split found; the last to finish adds up all of them, in order: the sum is the same whoever that is.
+
+    Of each of a split's ``ROWS`` rows ``[D]`` those that are ``own`` count, ``g`` by number, ``rows`` of them.
+    """
+    tl.store(partial + (slot0 + split * ROWS + g)[:, None] * D + tl.arange(0, D)[None, :], total, mask=own)
+    tl.store(state + (slot0 + split * ROWS + g) * 2, largest, mask=g < rows)
+    tl.store(state + (slot0 + split * ROWS + g) * 2 + 1, weight, mask=g < rows)
+    tl.debug_barrier()
+    done = tl.atomic_add(counter, 1, sem="acq_rel")
+    if done == active - 1:
+        largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+        weight = tl.zeros((ROWS,), dtype=tl.float32)
+        total = tl.zeros((ROWS, D), dtype=tl.float32)
+        for i in range(active):
+            at = slot0 + i * ROWS + g
+            m = tl.load(state + at * 2, mask=g < rows, other=0.0, cache_modifier=".cg")
+            w = tl.load(state + at * 2 + 1, mask=g < rows, other=1.0, cache_modifier=".cg")
+            parts = partial + at[:, None] * D + tl.arange(0, D)[None, :]
+            t = tl.load(parts, mask=own, other=0.0, cache_modifier=".cg")
+            peak = tl.maximum(largest, m)
+            old, new = tl.exp2(largest - peak), tl.exp2(m - peak)
+            weight = weight * old + w * new
+            total = total * old[:, None] + t * new[:, None]
+            largest = peak
+        tl.store(target, (total / weight[:, None]).to(target.dtype.element_ty), mask=own)
+        tl.store(counter, 0)
 
 
 @triton.jit(do_not_specialize=["table_width", "block_size"])
@@ -420,8 +470,9 @@ def _attend_decode_kernel(
             stop = tl.minimum(begin + share, position)
             base = qkv + row * ((H + 2 * KV) * D)
             table = tables + tl.load(seats + row) * table_width
-            q = _rotated(base, apart, bias, q_gain, head * G + g, position, cos, sin, eps, PARTS, D, BIAS, NORM, ROTATE,
-                         own)  # fmt: skip
+            heads = head * G + g
+            q = _rotated(base, heads * D, apart, bias, q_gain, heads, position, cos, sin, eps, PARTS, D, BIAS, NORM, ROTATE,
+                         False, own)  # fmt: skip
             q = (q * (scale * LOG2E)).to(keys.dtype.element_ty)
             if WIDE:
                 q = q.to(tl.float32)
@@ -450,8 +501,8 @@ def _attend_decode_kernel(
                 largest = peak
             if split == active - 1:
                 one = tl.arange(0, 1)
-                k_new = _rotated(base, apart, bias, k_gain, H + head + one, position, cos, sin, eps, PARTS, D, BIAS, NORM,
-                                 ROTATE, (one == 0)[:, None])  # fmt: skip
+                k_new = _rotated(base, (H + head + one) * D, apart, bias, k_gain, H + head + one, position, cos, sin, eps,
+                                 PARTS, D, BIAS, NORM, ROTATE, False, (one == 0)[:, None])  # fmt: skip
                 v_new = tl.load(base + (H + KV + head) * D + d).to(tl.float32)
                 for part in tl.static_range(1, PARTS):
                     v_new += tl.load(base + part * apart + (H + KV + head) * D + d).to(tl.float32)
@@ -473,28 +524,8 @@ def _attend_decode_kernel(
                 tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=own)
             elif SPLITS > 1:
                 slot0 = ((row * KV + head) * SPLITS) * GP
-                tl.store(partial + (slot0 + split * GP + g)[:, None] * D + d[None, :], total, mask=own)
-                tl.store(state + (slot0 + split * GP + g) * 2, largest, mask=g < G)
-                tl.store(state + (slot0 + split * GP + g) * 2 + 1, weight, mask=g < G)
-                tl.debug_barrier()
-                done = tl.atomic_add(counters + row * KV + head, 1, sem="acq_rel")
-                if done == active - 1:
-                    # The last split to finish adds up all of them, in order: the sum does not depend on who was last.
-                    largest = tl.full((GP,), float("-inf"), dtype=tl.float32)
-                    weight = tl.zeros((GP,), dtype=tl.float32)
-                    total = tl.zeros((GP, D), dtype=tl.float32)
-                    for i in range(active):
-                        at = slot0 + i * GP + g
-                        m = tl.load(state + at * 2, mask=g < G, other=0.0, cache_modifier=".cg")
-                        w = tl.load(state + at * 2 + 1, mask=g < G, other=1.0, cache_modifier=".cg")
-                        t = tl.load(partial + at[:, None] * D + d[None, :], mask=own, other=0.0, cache_modifier=".cg")
-                        peak = tl.maximum(largest, m)
-                        old, new = tl.exp2(largest - peak), tl.exp2(m - peak)
-                        weight = weight * old + w * new
-                        total = total * old[:, None] + t * new[:, None]
-                        largest = peak
-                    tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=own)
-                    tl.store(counters + row * KV + head, 0)
+                counter = counters + row * KV + head
+                _gather(total, largest, weight, target, own, g, G, slot0, split, active, partial, state, counter, D, GP)
 
 
 @triton.jit(do_not_specialize=["first", "table_width", "block_size"])
@@ -512,10 +543,11 @@ def _rotate_write_kernel(
         here = (block * block_size + position % block_size) * (KV * D)
         h = tl.arange(0, HP)
         mask = (h < H)[:, None]
-        q = _rotated(base, 0, bias, q_gain, h, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, mask)
+        q = _rotated(base, h * D, 0, bias, q_gain, h, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, False, mask)
         j = tl.arange(0, KP)
         owned = (j < KV)[:, None]
-        k = _rotated(base, 0, bias, k_gain, H + j, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, owned)
+        k = _rotated(base, (H + j) * D, 0, bias, k_gain, H + j, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, False,
+                     owned)  # fmt: skip
         v = tl.load(base + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0).to(tl.float32)
         if BIAS:
             v += tl.load(bias + (H + KV + j)[:, None] * D + d[None, :], mask=owned, other=0.0)
@@ -605,6 +637,96 @@ def _attend_varlen_kernel(
     )  # fmt: skip
     target = out + place[:, None] * (H * D) + query_head[:, None] * D + d[None, :]
     tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
+
+
+@triton.jit(do_not_specialize=["table_width", "block_size", "splits"])
+def _attend_verify_kernel(
+    qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, out, partial, state, counters,
+    scale, eps, table_width, block_size, apart, splits,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+    NEW: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    segment = tl.program_id(1)
+    split = tl.program_id(2)
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    first = tl.load(segments + 2 * segment)
+    count = tl.load(segments + 2 * segment + 1)
+    _wait(PDL)
+    if count > 0:
+        begin = tl.load(positions + first)
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(begin + 1 - WINDOW, 0)
+        # What is in the cache already is shared among the splits; the last of them takes the new positions as well.
+        known = begin + 1 - low
+        share = tl.cdiv(tl.cdiv(known, splits), BLOCK) * BLOCK
+        active = tl.cdiv(known, share)
+        if split < active:
+            start = low + split * share
+            d = tl.arange(0, D)
+            r = tl.arange(0, ROWS)
+            token = r // G
+            own = ((r < DEPTH * G) & (token < count))[:, None]
+            place = (first + token).to(tl.int64)
+            heads = head * G + r % G
+            position = begin + token
+            table = tables + tl.load(seats + first) * table_width
+            stride = (H + 2 * KV) * D
+            q = _rotated(qkv, place * stride + heads * D, apart, bias, q_gain, heads, position, cos, sin, eps, PARTS, D,
+                         BIAS, NORM, ROTATE, True, own)  # fmt: skip
+            q = q.to(keys.dtype.element_ty)
+            if WIDE:
+                q = q.to(tl.float32)
+            largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+            weight = tl.zeros((ROWS,), dtype=tl.float32)
+            total = tl.zeros((ROWS, D), dtype=tl.float32)
+            largest, weight, total = _attend_tiles(
+                q, position, keys, values, table, start, tl.minimum(start + share, begin), largest, weight, total, scale,
+                block_size, head, KV, D, WINDOW, True, BLOCK, IEEE, WIDE, STAGES,
+            )  # fmt: skip
+            if split == active - 1:
+                n = tl.arange(0, NEW)
+                given = n < count
+                new = (first + n).to(tl.int64) * stride
+                zero = n * 0
+                k = _rotated(qkv, new + (H + head) * D, apart, bias, k_gain, zero + H + head, begin + n, cos, sin, eps,
+                             PARTS, D, BIAS, NORM, ROTATE, True, given[:, None])  # fmt: skip
+                from_v = qkv + new[:, None] + (H + KV + head) * D + d[None, :]
+                v = tl.load(from_v, mask=given[:, None], other=0.0).to(tl.float32)
+                for part in tl.static_range(1, PARTS):
+                    v += tl.load(from_v + part * apart, mask=given[:, None], other=0.0).to(tl.float32)
+                if BIAS:
+                    v += tl.load(bias + (H + KV + head) * D + d)[None, :]
+                k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
+                slot = tl.load(table + (begin + n) // block_size, mask=given, other=0).to(tl.int64)
+                here = (slot * block_size + (begin + n) % block_size) * (KV * D) + head * D
+                tl.store(keys + here[:, None] + d[None, :], k, mask=given[:, None])
+                tl.store(values + here[:, None] + d[None, :], v, mask=given[:, None])
+                if WIDE:
+                    k, v = k.to(tl.float32), v.to(tl.float32)
+                scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+                seen = (n[None, :] <= token[:, None]) & given[None, :]
+                if WINDOW > 0:
+                    seen = seen & (n[None, :] > token[:, None] - WINDOW)
+                scores = tl.where(seen, scores, float("-inf"))
+                peak = tl.maximum(largest, tl.max(scores, axis=1))
+                factor = tl.exp2(largest - peak)
+                shares = tl.exp2(scores - peak[:, None])
+                weight = weight * factor + tl.sum(shares, axis=1)
+                total = tl.dot(shares.to(v.dtype), v, total * factor[:, None], input_precision=precision)
+                largest = peak
+            target = out + place[:, None] * (H * D) + heads[:, None] * D + d[None, :]
+            if active == 1:
+                tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
+            else:
+                slot0 = ((segment * KV + head) * splits) * ROWS
+                counter = counters + segment * KV + head
+                rows = tl.minimum(count, DEPTH) * G
+                _gather(total, largest, weight, target, own, r, rows, slot0, split, active, partial, state, counter, D,
+                        ROWS)  # fmt: skip
 
 
 VARLEN_ROWS = 128
@@ -749,6 +871,75 @@ def attend_decode(
         bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
         keys.dtype == torch.float32, INTERPRETED, stages, pdl and not INTERPRETED,
         triton.cdiv(d * keys.element_size(), 128), pdl,
+        num_warps=warps, **launch_options(pdl),
+    )  # fmt: skip
+
+
+def verify_rows(depth: int, group: int) -> int:
+    """Rows of a matrix product for ``group`` query heads at each of ``depth`` positions."""
+    return max(16, int(triton.next_power_of_2(depth * group)))
+
+
+def attend_verify(
+    qkv: Tensor,
+    bias: Tensor | None,
+    q_gain: Tensor | None,
+    k_gain: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    segments: Tensor,
+    positions: Tensor,
+    seats: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    partial: Tensor,
+    state: Tensor,
+    counters: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    block_size: int,
+    window: int,
+    rotate: bool,
+    splits: int,
+    depth: int,
+    block: int | None = None,
+    warps: int | None = None,
+    stages: int | None = None,
+    pdl: bool = False,
+) -> None:
+    """A few new positions of each request: what :func:`attend_decode` does, reading each context once for all of them.
+
+    Parameters
+    ----------
+    qkv : Tensor
+        ``[T, (H + 2 KV) D]`` as projected, or ``[parts, T, (H + 2 KV) D]`` still to be summed.
+    segments : Tensor
+        int32 ``[n, 2]``: a request's first row, and how many there are, at most ``depth``; 0 for padding. Rows that are
+        in no segment are left as they are.
+    positions, seats : Tensor
+        int32 ``[T]``; positions of a segment follow one another.
+    partial, state, counters : Tensor
+        Scratch: ``n · KV · splits`` times :func:`verify_rows` of D, of 2 (float32), and ``n · KV`` int32 that are 0
+        between calls. The first two are not used where ``splits`` is 1.
+    depth : int
+        A power of two.
+    """
+    kv, d = keys.shape[1], keys.shape[2]
+    rows, h = out.shape[0], out.shape[1] // d
+    parts = qkv.shape[0] if qkv.dim() == 3 else 1
+    tile = verify_rows(depth, h // kv)
+    if warps is None:  # by measurement (docs/gpu-performance.md)
+        warps = 8 if tile > 64 or segments.shape[0] < 8 else 4
+    wide = keys.dtype == torch.float32
+    start(_attend_verify_kernel, (kv, segments.shape[0], splits))(
+        qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, out, partial, state, counters,
+        scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1], splits,
+        h, kv, d, h // kv, depth, tile, max(16, depth), window,
+        bias is not None, q_gain is not None, rotate, parts, block or 64, wide, INTERPRETED,
+        stages or (2 if wide else 3), pdl,
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ def start(model: Any, plain: ModelRunner, positions: int, rows: int) -> GpuRunne
     from inference_server.engine.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
 
     architecture = fuse(model, plain.tensors.dtype, max(positions, CHECK_LENGTH))
-    difference = _difference(model, architecture, plain.tensors)
+    difference = _difference(model, architecture, plain.tensors, rows)
     if not difference <= TOLERANCE[plain.tensors.dtype]:
         raise UnsupportedError(f"its logits differ from the plain path's by {difference:.2g} (relative)")
     runner = GpuRunner(architecture, plain, max(positions, CHECK_LENGTH), rows)
@@ -59,8 +59,10 @@ def start(model: Any, plain: ModelRunner, positions: int, rows: int) -> GpuRunne
     return runner
 
 
-def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) -> float:
+def _difference(model: Any, architecture: Architecture, like: PagedKVTensors, rows: int) -> float:
     """Largest relative difference of logits from the plain path's, of four layers at a time.
+
+    On the way the kernels are compiled that steps of at most ``rows`` requests need first.
 
     Over all of a deep model's layers rounding alone adds up to more than a mistake in one of them would.
     """
@@ -69,14 +71,14 @@ def _difference(model: Any, architecture: Architecture, like: PagedKVTensors) ->
         for first in range(0, len(every), CHECK_LAYERS):
             model.model.layers = every[first : first + CHECK_LAYERS]
             part = dataclasses.replace(architecture, layers=architecture.layers[first : first + CHECK_LAYERS])
-            worst = max(worst, _difference_of_part(model, part, like))
+            worst = max(worst, _difference_of_part(model, part, like, rows))
     finally:
         model.model.layers = every
     return worst
 
 
-def _difference_of_part(model: Any, architecture: Architecture, like: PagedKVTensors) -> float:
-    """For a prompt at once, some positions at once, one, one replayed, two."""
+def _difference_of_part(model: Any, architecture: Architecture, like: PagedKVTensors, rows: int) -> float:
+    """For a prompt at once, some positions at once, one, one replayed, two, and some that are verified."""
     from inference_server.engine.gpu.runner import GpuRunner  # noqa: PLC0415 - imports triton
 
     size = like.block_size
@@ -98,12 +100,18 @@ def _difference_of_part(model: Any, architecture: Architecture, like: PagedKVTen
         requests.append(request)
     plain = ModelRunner(model, tensors)
     fast = GpuRunner(architecture, plain, CHECK_LENGTH, 2)
-    fast.compile()
-    worst = 0.0
+    fast.compile(rows)
     a, b = requests
-    steps = (((a, 0, 20),), ((a, 20, 2), (b, 0, 22)), ((a, 22, 1),), ((a, 22, 1),), ((a, 23, 1), (b, 22, 1)))
-    for number, parts in enumerate(steps):
-        items = [Scheduled(request, start, count, Kind.PREFILL, sample=True) for request, start, count in parts]
+    plans = [
+        [Scheduled(request, start, count, Kind.PREFILL, sample=True) for request, start, count in parts]
+        for parts in (((a, 0, 20),), ((a, 20, 2), (b, 0, 22)), ((a, 22, 1),), ((a, 22, 1),), ((a, 23, 1), (b, 22, 1)))
+    ]
+    # The same text again, two of its tokens as proposals.
+    shorter = dataclasses.replace(b, tokens=b.tokens[:20])
+    verified = Scheduled(shorter, 19, 3, Kind.VERIFY, sample=True, drafts=b.tokens[20:22])
+    plans.append([Scheduled(a, 23, 1, Kind.DECODE, sample=True), verified])
+    worst = 0.0
+    for number, items in enumerate(plans):
         plan = StepPlan(number, items, use_cache=True)
         expected = plain.forward(plan, plain.prepare(plan)).float()
         got = fast.forward(plan, fast.prepare(plan)).float()

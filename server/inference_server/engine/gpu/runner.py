@@ -1,8 +1,9 @@
 """Runs step plans on a GPU through own kernels and cuBLAS. Owns the device's block table, buffers and CUDA graphs.
 
-A step of single positions (decode) goes through buffers that never move, padded to one of :data:`BUCKETS`, so that it
-can be captured once and replayed. Any other step is launched kernel by kernel. Both leave the chosen tokens on the
-device, from where the next step reads them: the host may plan and launch a step before it knows the tokens of the last.
+A step of single positions (decode), and one that verifies a few proposed tokens of each request, go through buffers
+that never move, padded to one of few sizes (:class:`Shape`), so that each can be captured once and replayed. Any other
+step is launched kernel by kernel. All leave the chosen tokens on the device, from where the next step reads them: the
+host may plan and launch a step before it knows the tokens of the last.
 
 Per step one small copy goes to the device (ids, positions, seats, changes of the block table) and one comes back (the
 chosen tokens); the only wait is for the latter.
@@ -11,8 +12,9 @@ chosen tokens); the only wait is for the latter.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 from inference_server.engine import sampler
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.gpu import choosing, kernels
+from inference_server.engine.gpu.buffers import Buffers, Scratch
 from inference_server.engine.gpu.choosing import Alternatives, DeviceSampler
 from inference_server.engine.gpu.linear import linear
 from inference_server.engine.gpu.tiles import Tile, choose_tile
@@ -29,10 +32,19 @@ from inference_server.engine.llama import Architecture, Layer
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.sampler import DeviceTokens, Sampled
-from inference_server.engine.scheduler import StepPlan
+from inference_server.engine.scheduler import Scheduled, StepPlan
+from inference_server.protocol import Kind
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, *range(80, 257, 16))
 """Batch sizes that have a CUDA graph; a batch in between is padded to the next."""
+VERIFY_ROWS = (*BUCKETS[1:], *range(288, 513, 32))
+"""Numbers of positions, of all requests together, that a captured step verifies."""
+VERIFY_DEPTHS = (8, 32)
+"""Up to how many positions of a request such a step has: one more than there are proposals for it."""
+VERIFY_TILE = 128
+"""The most rows of a matrix product that these positions, times the query heads that share a KV head, may make up."""
+VERIFY_GRAPHS = 64
+"""Captured steps that are kept; beyond, those go that were not met for longest."""
 SORTED_ROWS = 32
 """From this many rows on, attention starts with the longest contexts."""
 MIXED_DECODE_ROWS = 32
@@ -53,6 +65,16 @@ class _Seat:
     filled: int = 0
 
 
+class Shape(NamedTuple):
+    """Everything that is fixed when a step is captured: steps of the same shape can replay it."""
+
+    rows: int
+    segments: int = 0
+    """Requests, where some have more than a position; 0 where every row is another request."""
+    depth: int = 1
+    """The most positions of one request."""
+
+
 @dataclass(slots=True)
 class PackedStep:
     """A plan as numbers, in host memory that the device can read."""
@@ -61,8 +83,8 @@ class PackedStep:
     length: int
     """Numbers in use."""
     rows: int
-    bucket: int
-    """Rows including padding; 0 where the step is not one of single positions."""
+    shape: Shape | None
+    """``None`` where the step cannot be captured."""
     kept: list[int]
     """Rows whose token is chosen."""
     singles: int
@@ -159,6 +181,7 @@ class GpuRunner:
         self._name = "fast-gpu fp32" if architecture.dtype == torch.float32 else "fast-gpu bf16"
         self.label = self._name
         self._positions = positions
+        self._most = rows
         self._num_seats = rows + 8
         self._rows = next((bucket for bucket in BUCKETS if bucket >= rows), BUCKETS[-1])
         self._seats: dict[int, _Seat] = {}
@@ -166,7 +189,14 @@ class GpuRunner:
         self._last_step = -1
         self._block_size = 0
         self._turn = 0
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        self._verify_rows = next(each for each in VERIFY_ROWS if each >= min(max(32, 8 * rows), VERIFY_ROWS[-1]))
+        self._ahead = False
+        """Kernels are compiled before they are needed."""
+        self._verifying: Buffers | None = None
+        """Of verifying steps; there once the first was met."""
+        self.novel = False
+        """The last step compiled or captured something: how long it took says nothing about the next one like it."""
         self._pool: Any = None
         self._host = [self._pinned(4 * self._rows + 2 * SPARE_UPDATES) for _ in range(SLOTS)]
         self._host_np: list[NDArray[np.int32]] = [buffer.numpy() for buffer in self._host]
@@ -176,27 +206,42 @@ class GpuRunner:
             (event(enable_timing=True), event(enable_timing=True), event()) if self._cuda else (None, None, None)
             for _ in range(SLOTS)
         ]
-        self._reserve()
+        self._last = torch.zeros(self._num_seats, dtype=torch.int32, device=self.device)
+        self._buffers = self._reserve()
         self._reset_tables()
 
+    def sibling(self, architecture: Architecture) -> GpuRunner:
+        """Another runner over the same cache, of a part of the model."""
+        return GpuRunner(architecture, self.plain, self._positions, self._most, pdl=self._pdl)
+
     @torch.inference_mode()
-    def compile(self) -> None:
-        """Compile what the first requests need, many kernels at once: one after another takes ten seconds."""
+    def compile(self, most: int) -> None:
+        """Compile what the first requests need, many kernels at once: one after another takes ten seconds.
+
+        Parameters
+        ----------
+        most : int
+            Requests in a step, of whatever runner of the same model.
+        """
         with kernels.compiling():
             for bucket in {BUCKETS[0], self._rows}:
-                self._decode(bucket)
+                self._decode(self._buffers, bucket)
             # Steps of prompts alone, and beside as many single positions as take other tiles each.
-            beside = [singles for singles in (0, MIXED_DECODE_ROWS, 128) if singles < self._rows]
+            beside = [singles for singles in (0, MIXED_DECODE_ROWS, 128) if singles < most]
             for singles in beside:
                 rows, kept, tiles = singles + 4, [0], 1
                 length = 3 * _aligned(rows) + 2 * _aligned(1) + 4 * tiles + _aligned(singles)
                 inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
-                self._mixed_step(PackedStep(0, length, rows, 0, kept, singles, tiles, 0), inputs)
+                self._mixed_step(PackedStep(0, length, rows, None, kept, singles, tiles, 0), inputs)
             kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+            if self._fits(VERIFY_DEPTHS[0]):
+                self._verifying = self._reserve_verifying()
+                self._verify(self._verifying, Shape(VERIFY_ROWS[1], 2, VERIFY_DEPTHS[0]))
 
     def compile_ahead(self) -> None:
         """Compile the kernels of every other batch size in a thread of its own, while steps are served."""
         if self._cuda:
+            self._ahead = True
             threading.Thread(target=self._compile_rest, name="kernels", daemon=True).start()
 
     @torch.inference_mode()
@@ -205,7 +250,20 @@ class GpuRunner:
         # Sizes that are met first come first: the largest, as requests arrive, then down as they end.
         for bucket in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
             with kernels.compiling():
-                self._decode(bucket)
+                self._decode(self._buffers, bucket)
+
+    @torch.inference_mode()
+    def _compile_verifying(self) -> None:
+        """Compile the kernels of every shape of a verifying step, the smallest first, beside the serving."""
+        torch.cuda.set_device(self.device)
+        for depth in filter(self._fits, VERIFY_DEPTHS):
+            for rows in VERIFY_ROWS:
+                buffers = self._verifying
+                if buffers is None or rows > buffers.rows:
+                    break
+                with kernels.compiling():
+                    for segments in (1, 8):  # attention takes other tiles for few requests
+                        self._verify(buffers, Shape(rows, segments, depth))
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -228,9 +286,9 @@ class GpuRunner:
         kept: list[int] = []
         tiles: list[int] = []
         singles = 0
-        rows = len(items)
-        if rows <= self._rows and all(item.count == 1 for item in items):
-            bucket = next(each for each in BUCKETS if each >= rows)
+        shape = self._shape(items)
+        if shape is not None and not shape.segments:
+            bucket, rows = shape.rows, len(items)
             pad = _aligned(bucket) - rows
             ids = [-1 if item.start >= len(item.request.tokens) else item.request.tokens[item.start] for item in items]
             positions = [item.start for item in items]
@@ -239,14 +297,30 @@ class GpuRunner:
             order = sorted(range(bucket), key=lambda row: -positions[row] if row < rows else 1)
             spare_order = [0] * (pad - (bucket - rows))
             columns = [ids, [0] * pad, positions, [-1] * pad, seats, [-1] * pad, order, spare_order]
+        elif shape is not None:
+            ids, positions = [], []
+            columns_seats: list[int] = []
+            newest: list[int] = []
+            segments: list[int] = []
+            for item, place in zip(items, seats, strict=True):
+                first, count = len(ids), item.count
+                tokens = item.tokens()
+                ids += tokens if len(tokens) == count else [*tokens, -1]
+                positions += range(item.start, item.start + count)
+                columns_seats += [place] * count
+                newest += [-1] * (count - 1) + [place]
+                segments += (first, count)
+                kept += range(first + count - item.num_sampled, first + count)
+            rows = len(ids)
+            pad = _aligned(shape.rows) - rows
+            columns = [ids, [0] * pad, positions, [-1] * pad, columns_seats, [-1] * pad, newest, [-1] * pad]
+            columns += (segments, [0] * (_aligned(2 * shape.segments) - len(segments)))
         else:
-            bucket = 0
             # Rows of single positions first, for the kernel of decoding; the others are cut into tiles.
             single = [index for index, item in enumerate(items) if item.count == 1]
             singles = len(single) if len(single) >= MIXED_DECODE_ROWS else 0
             lone = set(single[:singles])
-            ids, positions = [], []
-            columns_seats: list[int] = []
+            ids, positions, columns_seats = [], [], []
             ends = [0] * len(items)
             per_tile = kernels.tile_tokens(self.architecture.heads, self.architecture.kv_heads)
             for index in (*single[:singles], *(index for index in range(len(items)) if index not in lone)):
@@ -280,7 +354,33 @@ class GpuRunner:
             if column:
                 packed[at : at + len(column)] = column
                 at += len(column)
-        return PackedStep(slot, length, rows, bucket, kept, singles, len(tiles) // 4, len(where))
+        return PackedStep(slot, length, rows, shape, kept, singles, len(tiles) // 4, len(where))
+
+    def _shape(self, items: list[Scheduled]) -> Shape | None:
+        """How a step is captured; ``None`` where it cannot be."""
+        count = len(items)
+        if all(item.count == 1 for item in items):
+            return Shape(next(each for each in BUCKETS if each >= count)) if count <= self._rows else None
+        rows, deepest = sum(item.count for item in items), max(item.count for item in items)
+        # Not the end of a prompt, which is one of a kind.
+        verifies = all(item.count == 1 or item.kind in {Kind.VERIFY, Kind.DRAFT} for item in items)
+        depth = next((each for each in VERIFY_DEPTHS if each >= deepest), 0)
+        if rows > self._verify_rows or not verifies or not depth or not self._fits(depth):
+            return None
+        if self._verifying is None:
+            try:
+                self._verifying = self._reserve_verifying()
+            except torch.OutOfMemoryError:  # launched kernel by kernel it needs less
+                return None
+            if self._ahead:
+                threading.Thread(target=self._compile_verifying, name="kernels", daemon=True).start()
+        # Requests that are not there cost next to nothing, so few numbers of them do.
+        segments = 1 << (count - 1).bit_length()
+        return Shape(next(each for each in VERIFY_ROWS if each >= rows), segments, depth)
+
+    def _fits(self, depth: int) -> bool:
+        a = self.architecture
+        return kernels.verify_rows(depth, a.heads // a.kv_heads) <= VERIFY_TILE
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, packed: Any) -> Tensor:
@@ -289,42 +389,47 @@ class GpuRunner:
         Nothing is waited for: :attr:`greedy` has the most likely tokens as soon as they arrive.
         """
         if not plan.use_cache:
-            self.greedy, self.label = None, self.plain.label
+            self.greedy, self.label, self.novel = None, self.plain.label, False
             return self.plain.forward(plan, packed)
         if plan.transfers:
             self.tensors.transfer(plan.transfers)
         begin, end, arrived = self._events[packed.slot]
         source = self._host[packed.slot][: packed.length]
-        fixed = packed.bucket and packed.length <= len(self._inputs)
-        inputs = self._inputs[: packed.length] if fixed else torch.empty_like(source, device=self.device)
+        shape = packed.shape
+        into = None if shape is None else self._buffers_of(shape).inputs
+        fixed = into is not None and packed.length <= len(into)
+        inputs = into[: packed.length] if into is not None and fixed else torch.empty_like(source, device=self.device)
         inputs.copy_(source, non_blocking=True)
         if packed.updates:
             where, what = inputs[packed.length - 2 * _aligned(packed.updates) :].chunk(2)
             kernels.scatter(self._tables, where[: packed.updates], what[: packed.updates])
-        if packed.bucket and not fixed:
-            used = 4 * _aligned(packed.bucket)
-            self._inputs[:used].copy_(inputs[:used])
+        if into is not None and not fixed:
+            used = packed.length - 2 * _aligned(packed.updates)
+            into[:used].copy_(inputs[:used])
         if begin is not None:
             begin.record()
         requests = [item.request for item in plan.items if item.sample]
-        if packed.bucket:
-            logits, tokens, capture = self._decode_step(packed.bucket)
-            seats = self._inputs[2 * _aligned(packed.bucket) :][: packed.rows]
+        if shape is not None and into is not None:
+            logits, tokens = self._captured_step(shape)
+            seats = into[2 * _aligned(shape.rows) :][: packed.rows]
             count = len(packed.kept)
             if count < packed.rows:  # chunks of one position in the middle of a prompt
-                chosen = torch.tensor(packed.kept, pin_memory=self._cuda).to(self.device, non_blocking=True)
+                chosen = torch.tensor(packed.kept, dtype=torch.long, pin_memory=self._cuda)
+                chosen = chosen.to(self.device, non_blocking=True)
                 logits, tokens, seats = logits[chosen], tokens[chosen], seats[chosen]
             else:
                 logits, tokens = logits[:count], tokens[:count]
         else:
             logits, tokens = self._mixed_step(packed, inputs)
-            count, capture = len(packed.kept), False
+            count, self.novel = len(packed.kept), False
             offset = 3 * _aligned(packed.rows) + _aligned(count)
             seats = inputs[offset : offset + count]
             self.label = self._name
         # A step whose requests all can be is done with here: the next one may start before the host knows its tokens.
         # What becomes of proposals is decided by the host.
-        final = not plan.num_drafts and not any(map(sampler.depends_on_its_output, requests))
+        # Whoever proposes proposes the likeliest.
+        drafting = any(item.drafts or item.kind == Kind.DRAFT for item in plan.items)
+        final = not drafting and not any(map(sampler.depends_on_its_output, requests))
         alternatives = None
         if final and requests:
             self._sampler.choose(logits, requests, tokens, seats, self._last)
@@ -339,26 +444,34 @@ class GpuRunner:
         if arrived is not None:
             arrived.record()
         self.greedy = Selection(host, (begin, end, arrived), final=final, alternatives=alternatives)
-        if capture:
-            try:
-                self._graphs[packed.bucket] = self._capture(packed.bucket)
-            except torch.OutOfMemoryError:  # the step itself is under way; the next of its size will try again
-                torch.cuda.empty_cache()
         return logits
 
-    def _decode_step(self, bucket: int) -> tuple[Tensor, Tensor, bool]:
-        """Launch the step in the fixed buffers; return logits, tokens, and whether to capture it now."""
-        graph = self._graphs.get(bucket) if self.use_graphs else None
+    def _captured_step(self, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Launch the step in the fixed buffers; return logits and tokens."""
+        buffers = self._buffers_of(shape)
+        graph = self._graphs.pop(shape, None) if self.use_graphs else None
+        self.novel = self.use_graphs and self._cuda and graph is None
         if graph is not None:
+            self._graphs[shape] = graph  # the newest last
             self.label = f"{self._name}, graph"
             graph.replay()
         else:
-            # The first step of a size is launched kernel by kernel, which also compiles them, and then captured.
+            # The first step of a shape is launched kernel by kernel, which also compiles them, and then captured.
             self.label = self._name
-            self._decode(bucket)
-        return self._logits(bucket), self._tokens[:bucket], self.use_graphs and self._cuda and graph is None
+            with kernels.unchanged:
+                self._launch(shape)
+                if self.novel:
+                    try:
+                        self._graphs[shape] = self._capture(shape)
+                    except torch.OutOfMemoryError:  # the step itself is under way; the next of its size tries again
+                        torch.cuda.empty_cache()
+        logits = buffers.logits_one if shape.rows == 1 else buffers.logits
+        return logits[: shape.rows], buffers.tokens[: shape.rows]
 
-    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
+        verifying = [each for each in self._graphs if each.segments]
+        if shape.segments and len(verifying) >= VERIFY_GRAPHS:
+            del self._graphs[verifying[0]]
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -367,24 +480,68 @@ class GpuRunner:
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                self._decode(bucket)
+                self._launch(shape)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         return graph
 
+    def _launch(self, shape: Shape) -> None:
+        if shape.segments:
+            self._verify(self._buffers_of(shape), shape)
+        else:
+            self._decode(self._buffers, shape.rows)
+
+    def _buffers_of(self, shape: Shape) -> Buffers:
+        if not shape.segments:
+            return self._buffers
+        assert self._verifying is not None, "they are reserved before a step gets such a shape"
+        return self._verifying
+
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def _decode(self, rows: int) -> None:
+    def _decode(self, b: Buffers, rows: int) -> None:
         """One position for each of ``rows`` rows of the fixed buffers."""
-        a, pdl = self.architecture, self._pdl
         stride = _aligned(rows)
-        ids, positions, seats, by_length = (self._inputs[part * stride :][:rows] for part in range(4))
+        ids, positions, seats, by_length = (b.inputs[part * stride :][:rows] for part in range(4))
         order = by_length if rows >= SORTED_ROWS else None
-        residual, normed, qkv = self._residual[:rows], self._normed[:rows], self._qkv[:rows]
-        attended, delta = self._attended[:rows], self._delta[:rows]
-        both, active = self._both[:rows], self._active[:rows]
-        splits = kernels.decode_splits(rows, a.kv_heads)
+        splits = kernels.decode_splits(rows, self.architecture.kv_heads)
+
+        def attend(index: int, projected: Tensor, out: Tensor) -> None:
+            self._attend(index, projected, positions, seats, out, order, splits=splits, pdl=self._pdl)
+
+        self._few(b, rows, ids, seats, seats, attend)
+
+    def _verify(self, b: Buffers, shape: Shape) -> None:
+        """A few positions for each of some requests."""
+        rows = shape.rows
+        stride = _aligned(rows)
+        # The token after a request's newest position is the one that its next step begins with.
+        ids, positions, seats, newest = (b.inputs[part * stride :][:rows] for part in range(4))
+        segments = b.inputs[4 * stride :][: 2 * shape.segments].view(-1, 2)
+
+        def attend(index: int, projected: Tensor, out: Tensor) -> None:
+            self._attend_segments(b, index, projected, segments, positions, seats, out, shape.depth)
+
+        self._few(b, rows, ids, seats, newest, attend)
+
+    def _few(
+        self,
+        b: Buffers,
+        rows: int,
+        ids: Tensor,
+        seats: Tensor,
+        newest: Tensor,
+        attend: Callable[[int, Tensor, Tensor], None],
+    ) -> None:
+        """All layers and the choice of tokens for at most some hundred rows, attention as ``attend`` has it.
+
+        Rows that stand for a request in ``newest`` leave their token for its next step.
+        """
+        a, pdl = self.architecture, self._pdl
+        residual, normed, qkv = b.residual[:rows], b.normed[:rows], b.qkv[:rows]
+        attended, delta = b.attended[:rows], b.delta[:rows]
+        both, active = b.both[:rows], b.active[:rows]
         kernels.embed(ids, seats, self._last, a.embedding, residual, pdl=pdl)
         pending: Tensor | None = None
         for index, layer in enumerate(a.layers):
@@ -393,14 +550,14 @@ class GpuRunner:
                 kernels.gemv(residual[0], layer.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
             else:
                 kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
-                projected = self._product(normed, layer.qkv, qkv, self._qkv_parts)
-            self._attend(index, projected, positions, seats, attended, order, splits=splits, pdl=pdl)
+                projected = self._product(normed, layer.qkv, qkv, b.qkv_parts)
+            attend(index, projected, attended)
             if rows == 1:
                 kernels.gemv(attended[0], layer.output, residual=residual[0], pdl=pdl)
                 kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
                 kernels.gemv(active[0], layer.down, residual=residual[0], pdl=pdl)
             else:
-                added = self._product(attended, layer.output, delta, self._delta_parts)
+                added = self._product(attended, layer.output, delta, b.delta_parts)
                 kernels.add_norm(residual, added, layer.post_norm, a.eps, normed, pdl=pdl)
                 tile = self._tile(layer.gate_up, rows, gated=True)
                 if tile is not None:
@@ -408,18 +565,19 @@ class GpuRunner:
                 else:
                     kernels.multiply(normed, layer.gate_up, both)
                     kernels.silu_mul(both, active, pdl=pdl)
-                pending = self._product(active, layer.down, delta, self._delta_parts)
-        logits = self._logits(rows)
+                pending = self._product(active, layer.down, delta, b.delta_parts)
         if rows == 1:
+            logits = b.logits_one
             kernels.gemv(residual[0], a.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
         else:
+            logits = b.logits[:rows]
             kernels.add_norm(residual, pending, a.final_norm, a.eps, normed, pdl=pdl)
             tile = self._tile(a.head, rows)
             if tile is not None and tile.splits == 1:
                 linear(normed, a.head, logits, tile, pdl=pdl)
             else:
                 kernels.multiply(normed, a.head, logits)
-        kernels.argmax(logits, seats, self._best, self._index, self._tokens, self._last, pdl=pdl)
+        kernels.argmax(logits, newest, b.best, b.index, b.tokens, self._last, pdl=pdl)
 
     def _attend(
         self,
@@ -444,9 +602,9 @@ class GpuRunner:
             self.tensors.keys[index],
             self.tensors.values[index],
             out,
-            self._partial,
-            self._state,
-            self._counters,
+            self._buffers.partial,
+            self._buffers.state,
+            self._buffers.counters,
             scale=a.scaling,
             eps=a.eps,
             block_size=self._block_size,
@@ -455,6 +613,42 @@ class GpuRunner:
             splits=splits,
             order=order,
             pdl=pdl,
+        )
+
+    def _attend_segments(
+        self,
+        b: Buffers,
+        index: int,
+        qkv: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        seats: Tensor,
+        out: Tensor,
+        depth: int,
+    ) -> None:
+        """Attention of a few positions of each request in layer ``index``."""
+        a, layer = self.architecture, self.architecture.layers[index]
+        kernels.attend_verify(
+            qkv,
+            *self._vectors(layer),
+            segments,
+            positions,
+            seats,
+            self._tables,
+            self.tensors.keys[index],
+            self.tensors.values[index],
+            out,
+            b.partial,
+            b.state,
+            b.counters,
+            scale=a.scaling,
+            eps=a.eps,
+            block_size=self._block_size,
+            window=layer.window,
+            rotate=layer.rotate,
+            splits=kernels.decode_splits(len(segments), a.kv_heads),
+            depth=depth,
+            pdl=self._pdl,
         )
 
     def _product(self, x: Tensor, weight: Tensor, whole: Tensor, parts: Tensor) -> Tensor:
@@ -532,7 +726,7 @@ class GpuRunner:
             kernels.multiply(active, layer.down, delta)
             pending = delta
         if not count:
-            return torch.empty(0, a.vocab, device=device), self._tokens[:0]
+            return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
         last = torch.empty(count, a.hidden, device=device, dtype=dtype)
         kernels.add_norm(residual, pending, a.final_norm, a.eps, last, select=kept)
         logits = torch.mm(last, a.head.t())
@@ -572,6 +766,7 @@ class GpuRunner:
         """Give up the captured graphs: they hold addresses that are about to change, and memory."""
         self._graphs.clear()
         self._pool = None
+        self._verifying = None
 
     def _reset_tables(self) -> None:
         self._block_size = self.tensors.block_size
@@ -584,42 +779,32 @@ class GpuRunner:
 
     # -- buffers -------------------------------------------------------------------------------------------------------
 
-    def _reserve(self) -> None:
-        a, rows, device, dtype = self.architecture, self._rows, self.device, self.architecture.dtype
-        self._inputs = torch.zeros(4 * rows + 2 * SPARE_UPDATES, dtype=torch.int32, device=device)
-        self._last = torch.zeros(self._num_seats, dtype=torch.int32, device=device)
-        self._tokens = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._residual = torch.empty(rows, a.hidden, device=device)
-        self._normed = torch.empty(rows, a.hidden, device=device, dtype=dtype)
-        self._qkv = torch.empty(rows, (a.heads + 2 * a.kv_heads) * a.head_dim, device=device, dtype=dtype)
-        self._attended = torch.empty(rows, a.heads * a.head_dim, device=device, dtype=dtype)
-        self._delta = torch.empty(rows, a.hidden, device=device, dtype=dtype)
-        self._both = torch.empty(rows, 2 * a.intermediate, device=device, dtype=dtype)
-        self._active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
-        layer = a.layers[0]
-        self._qkv_parts = self._space(layer.qkv)
-        self._delta_parts = self._space(layer.output, layer.down)
-        self._logits_one = torch.empty(1, a.vocab, device=device)
-        self._logits_many = torch.empty(rows, a.vocab, device=device, dtype=dtype)
-        parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
-        self._best = torch.empty(rows, parts, device=device)
-        self._index = torch.empty(rows, parts, device=device, dtype=torch.int32)
-        group = kernels.padded_group(a.heads // a.kv_heads)
-        most = max(
-            bucket * a.kv_heads * kernels.decode_splits(bucket, a.kv_heads) for bucket in BUCKETS if bucket <= rows
+    def _reserve(self) -> Buffers:
+        a, rows = self.architecture, self._rows
+        sizes = [bucket for bucket in BUCKETS if bucket <= rows]
+        heads = max(size * a.kv_heads * kernels.decode_splits(size, a.kv_heads) for size in sizes)
+        heads *= kernels.padded_group(a.heads // a.kv_heads)
+        return Buffers(a, rows, 4 * rows + 2 * SPARE_UPDATES, self._scratch(sizes, heads, rows), self.device)
+
+    def _reserve_verifying(self) -> Buffers:
+        a, rows = self.architecture, self._verify_rows
+        sizes = [size for size in VERIFY_ROWS if size <= rows]
+        splits = {1 << power: kernels.decode_splits(1 << power, a.kv_heads) for power in range(rows.bit_length() + 1)}
+        heads = max((count * a.kv_heads * split for count, split in splits.items() if split > 1), default=0)
+        heads *= max(kernels.verify_rows(depth, a.heads // a.kv_heads) for depth in VERIFY_DEPTHS if self._fits(depth))
+        inputs = 4 * _aligned(rows) + 4 * rows + 2 * SPARE_UPDATES
+        return Buffers(a, rows, inputs, self._scratch(sizes, heads, max(splits)), self.device)
+
+    def _scratch(self, sizes: list[int], heads: int, segments: int) -> Scratch:
+        layer, kv = self.architecture.layers[0], self.architecture.kv_heads
+        return Scratch(
+            self._space(sizes, layer.qkv), self._space(sizes, layer.output, layer.down), heads, segments * kv
         )
-        self._partial = torch.empty(most * group * a.head_dim, device=device)
-        self._state = torch.empty(most * group * 2, device=device)
-        self._counters = torch.zeros(rows * a.kv_heads, dtype=torch.int32, device=device)
 
-    def _space(self, *weights: Tensor) -> Tensor:
+    def _space(self, sizes: list[int], *weights: Tensor) -> int:
         """Room for the parts of products with these weights, where the own kernel computes them."""
-        cases = [(w, b, self._tile(w, b)) for w in weights for b in BUCKETS if 1 < b <= self._rows]
-        size = max((tile.splits * b * len(w) for w, b, tile in cases if tile is not None), default=0)
-        return torch.empty(size, device=self.device)
-
-    def _logits(self, bucket: int) -> Tensor:
-        return self._logits_one if bucket == 1 else self._logits_many[:bucket]
+        cases = [(w, rows, self._tile(w, rows)) for w in weights for rows in sizes if rows > 1]
+        return max((tile.splits * rows * len(w) for w, rows, tile in cases if tile is not None), default=0)
 
     def _pinned(self, length: int) -> Tensor:
         return torch.zeros(length, dtype=torch.int32, pin_memory=self._cuda)

@@ -128,7 +128,11 @@ class Adaptive:
         self._requests.clear()
 
     def observe(
-        self, items: Sequence[Scheduled], verified: Sequence[tuple[Scheduled, str, int]], step_ns: int, draft_ns: int
+        self,
+        items: Sequence[Scheduled],
+        verified: Sequence[tuple[Scheduled, str, int]],
+        step_ns: int | None,
+        draft_ns: int,
     ) -> None:
         """Take in a step.
 
@@ -138,15 +142,17 @@ class Adaptive:
             All of the step's.
         verified : sequence
             Those of them for which tokens were proposed, by whom, and how many of these were accepted.
-        step_ns, draft_ns : int
-            How long the step took without proposing, and how long that took.
+        step_ns : int or None
+            How long the step took without proposing; ``None`` where that says nothing about other steps.
+        draft_ns : int
+            How long proposing took.
         """
         depths: dict[str, int] = {}
         for item, method, count in verified:
             depths[method] = max(depths.get(method, 0), len(item.drafts))
             self._of(item.request, method).observe(len(item.drafts), count)
             self._methods.setdefault(method, _Acceptance()).observe(len(item.drafts), count)
-        if all(item.kind in {Kind.DECODE, Kind.VERIFY} for item in items):
+        if step_ns is not None and all(item.kind in {Kind.DECODE, Kind.VERIFY} for item in items):
             self._cost.learn(sum(item.count for item in items), step_ns)
         if len(depths) == 1:
             ((method, depth),) = depths.items()

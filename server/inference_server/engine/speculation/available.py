@@ -6,12 +6,13 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.cpu import path as fast_path
+from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel
@@ -26,6 +27,7 @@ from inference_server.protocol import Capacity
 
 if TYPE_CHECKING:  # importing it compiles the kernels
     from inference_server.engine.cpu.runner import FastRunner
+    from inference_server.engine.gpu.runner import GpuRunner
 
 DRAFT_BLOCK = 16
 
@@ -48,7 +50,7 @@ def proposers(
     draft: LoadedModel | None,
     head: EagleHead | None,
     plain: ModelRunner,
-    fast: FastRunner | None,
+    fast: FastRunner | GpuRunner | None,
     capacity: Capacity,
 ) -> Proposers:
     """Build them.
@@ -63,8 +65,8 @@ def proposers(
         Made for it.
     plain : ModelRunner
         Of the model that is served.
-    fast : FastRunner or None
-        Its fast path, where it has one on a CPU.
+    fast : FastRunner or GpuRunner or None
+        Its fast path, where it has one.
     capacity : Capacity
         Of its cache.
 
@@ -98,7 +100,7 @@ def proposers(
     elif loaded.device.type != "cpu":
         result.unavailable["eagle"] = "EAGLE-style heads run on a CPU only so far"
     else:
-        _add_head(result, loaded, head, plain, fast, capacity)
+        _add_head(result, loaded, head, plain, cast("FastRunner | None", fast), capacity)
     return result
 
 
@@ -165,9 +167,12 @@ def _add_draft_model(result: Proposers, loaded: LoadedModel, draft: LoadedModel,
     tensors = PagedKVTensors(blocks, DRAFT_BLOCK, draft.device, draft.dtype)
     tensors.reserve(draft.kv_shapes)
     runner: Runner = ModelRunner(draft.model, tensors)
-    if draft.device.type == "cpu":
-        with suppress(UnsupportedError):  # the plain path can run any model that was loaded
-            runner = fast_path.start(draft.model, ModelRunner(draft.model, tensors), longest)
+    with suppress(UnsupportedError):  # the plain path can run any model that was loaded
+        plain = ModelRunner(draft.model, tensors)
+        if draft.device.type == "cpu":
+            runner = fast_path.start(draft.model, plain, longest)
+        else:
+            runner = gpu_path.start(draft.model, plain, longest, capacity.max_num_seqs)
     vocabulary = loaded.config.vocab_size
     result.by_name["draft"] = DraftModelProposer(runner, KVCache(blocks, DRAFT_BLOCK), longest, vocabulary)
     result.weights += [*draft.model.parameters(), *draft.model.buffers()]

@@ -136,7 +136,7 @@ class Speculation:
         return "+".join(sorted(by_method)) if plan.num_drafts else ""
 
     def learn(
-        self, plan: StepPlan, features: Features, accepted: Mapping[int, int], step_ns: int, draft_ns: int
+        self, plan: StepPlan, features: Features, accepted: Mapping[int, int], step_ns: int | None, draft_ns: int
     ) -> None:
         """Take in what became of a step.
 
@@ -147,8 +147,10 @@ class Speculation:
             It was computed under.
         accepted : mapping of int to int
             By handle: how many proposed tokens were accepted.
-        step_ns, draft_ns : int
-            How long the step took without proposing, and how long that took.
+        step_ns : int or None
+            How long the step took without proposing; ``None`` where that says nothing about other steps.
+        draft_ns : int
+            How long proposing took.
         """
         verified = [
             (item, method_of(item.request, features), accepted.get(item.request.handle, 0))

@@ -6,7 +6,8 @@ Both give the same runners the same kind of plans that the engine gives; what di
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -15,11 +16,33 @@ from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.request import Request
-from inference_server.engine.runner import Runner
+from inference_server.engine.runner import Replaying, Runner
+from inference_server.engine.sampler import Tokens
 from inference_server.engine.scheduler import Scheduled, StepPlan
 from inference_server.engine.speculation.own_cache import Follower, OwnCache
 from inference_server.features import Features
 from inference_server.protocol import Kind
+
+
+class Said:
+    """Tokens that a pass chose, perhaps still on their way.
+
+    Parameters
+    ----------
+    tokens : Tokens
+    """
+
+    __slots__ = ("_known", "_tokens")
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._known: list[int] | None = None
+
+    def tolist(self) -> list[int]:
+        """Wait for them and return them."""
+        if self._known is None:
+            self._known = self._tokens.tolist()
+        return self._known
 
 
 class Passes:
@@ -32,20 +55,41 @@ class Passes:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._replaying = runner if isinstance(runner, Replaying) else None
+        self.ahead = self._replaying is not None
+        """A pass may be run before the tokens of the one before, that it begins with, are known."""
         self._number = 0
+        self._last: Said | None = None
+        self._under_way: Said | None = None
+        """The pass before the last one."""
 
     def start_afresh(self) -> None:
         """Block tables may have changed in the middle since the last pass."""
         self._number += 1  # a gap in the numbers is what tells a runner so
 
-    def run(self, items: list[Scheduled]) -> list[int]:
+    def follow(self, features: Features) -> None:
+        """Take up switches that say how passes are run."""
+        if self._replaying is not None:
+            self._replaying.use_graphs = features.cuda_graphs
+
+    def forget_graphs(self) -> None:
+        """Addresses that recorded passes hold are about to change."""
+        if self._replaying is not None:
+            self._replaying.forget_graphs()
+
+    def run(self, items: list[Scheduled]) -> Said:
         """Compute some items; return the likeliest token of each that samples."""
+        if self._under_way is not None:
+            self._under_way.tolist()  # at most two passes are under way: a runner has room for a few
         self._number += 1
         plan = StepPlan(self._number, items, use_cache=True)
         logits = self._runner.forward(plan, self._runner.prepare(plan))
         greedy = self._runner.greedy
-        tokens: list[int] = (logits.argmax(-1) if greedy is None else greedy).tolist()
-        return tokens
+        self._under_way = self._last if self.ahead else None
+        self._last = Said(logits.argmax(-1) if greedy is None else greedy)
+        if not self.ahead:
+            self._last.tolist()
+        return self._last
 
 
 class EarlyExitProposer:
@@ -80,26 +124,37 @@ class EarlyExitProposer:
             self._layers = features.early_exit_layers
             self._passes = Passes(self._runner_of(self._layers))
         passes = self._passes
+        passes.follow(features)
         self._tensors.transfer(plan.transfers)
         if plan.moves_blocks or plan.step != self._last_step + 1:
             passes.start_afresh()
         self._last_step = plan.step
         known = [len(item.request.tokens) for item in items]
+        said: list[tuple[list[int], Said]] = []
+        proposed: list[list[int]] = [[] for _ in items]
         try:
-            for place in range(max(item.count for item in items) - 1):
-                going = [item for item in items if place < item.count - 1]
-                shares = [Scheduled(item.request, item.start + place, 1, Kind.DRAFT, sample=True) for item in going]
-                for item, token in zip(going, passes.run(shares), strict=True):
-                    item.request.tokens.append(token)
-            return [item.request.tokens[length:] for item, length in zip(items, known, strict=True)]
+            for depth in range(max(item.count for item in items) - 1):
+                going = [place for place, item in enumerate(items) if depth < item.count - 1]
+                shares = [
+                    Scheduled(items[place].request, items[place].start + depth, 1, Kind.DRAFT, sample=True)
+                    for place in going
+                ]
+                said.append((going, passes.run(shares)))
+                if not passes.ahead:
+                    _take([share.request for share in shares], said[-1][1])
         finally:
             for item, length in zip(items, known, strict=True):
                 del item.request.tokens[length:]
+        for going, tokens in said:
+            for place, token in zip(going, tokens.tolist(), strict=True):
+                proposed[place].append(token)
+        return proposed
 
     def forget(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
         if self._passes is not None:
             self._passes.start_afresh()
+            self._passes.forget_graphs()
 
     def follow_model(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`. The next runner knows both."""
@@ -183,6 +238,7 @@ class DraftModelProposer:
     def propose(self, plan: StepPlan, items: list[Scheduled], features: Features) -> list[list[int]]:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
         del plan
+        self._passes.follow(features)
         self._shadows.forget_ended()
         budget = features.max_num_batched_tokens
         shares: list[Scheduled] = []
@@ -199,24 +255,25 @@ class DraftModelProposer:
             shares.append(Scheduled(own, own.num_computed, count, Kind.DRAFT, sample=done))
             if done:
                 going.append((own, item))
-        pass_number = 0
+        said: list[tuple[list[Request], Said]] = []
         while shares:
-            tokens = self._passes.run(shares)
+            said.append(([own for own, _ in going], self._passes.run(shares)))
             for share in shares:
                 share.request.num_computed = share.end
-            for (own, _), token in zip(going, tokens, strict=True):
-                own.tokens.append(token)
-            pass_number += 1
-            going = [
-                (own, item) for own, item in going if pass_number < item.count - 1 and own.tokens[-1] < self._vocab_size
-            ]
+            if not self._passes.ahead:
+                _take(*said[-1])
+            going = [(own, item) for own, item in going if len(said) < item.count - 1]
             shares = [Scheduled(own, own.num_computed, 1, Kind.DRAFT, sample=True) for own, _ in going]
+        if self._passes.ahead:
+            for each in said:
+                _take(*each)
         return [self._proposed(item) for item in items]
 
     def forget(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`."""
         self._shadows.clear()
         self._passes.start_afresh()
+        self._passes.forget_graphs()
 
     def follow_model(self) -> None:
         """See :class:`~inference_server.engine.speculation.proposer.Proposer`. It has nothing of the model's."""
@@ -225,9 +282,14 @@ class DraftModelProposer:
         shadow = self._shadows.of(item.request)
         assert shadow is not None, "it was made or found when the step's passes began"
         proposed = shadow.own.tokens[shadow.agreed :]
-        return proposed[:-1] if proposed and proposed[-1] >= self._vocab_size else proposed
+        return list(takewhile(lambda token: token < self._vocab_size, proposed))
 
     def _shadow(self, request: Request) -> _Shadow:
         shadow = self._shadows.of(request) or self._shadows.add(_Shadow(request))
         shadow.follow()
         return shadow
+
+
+def _take(requests: Sequence[Request], said: Said) -> None:
+    for request, token in zip(requests, said.tolist(), strict=True):
+        request.tokens.append(token)
