@@ -70,7 +70,7 @@ def serve(
     ] = None,
     packed_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for packed copies of the weights (int8, int4). [default: a quarter of what is free]"),
+        typer.Option(help="Memory for packed copies of the weights (int8, int4). [default: by what is free]"),
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest context, in tokens.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,

@@ -23,9 +23,10 @@ from inference_server.engine.gpu import path as gpu_path
 from inference_server.engine.kv_cache import KVCache
 from inference_server.engine.llama import UnsupportedError
 from inference_server.engine.loader import LoadedModel, Progress
-from inference_server.engine.memory import available_host_bytes, is_out_of_memory
+from inference_server.engine.memory import available_bytes, available_host_bytes, is_out_of_memory
+from inference_server.engine.quantization import packing, planes
 from inference_server.engine.quantization.precision import Precision
-from inference_server.engine.quantization.variants import WeightFormat, WeightVariants, format_of
+from inference_server.engine.quantization.variants import Layout, WeightFormat, WeightVariants, format_of
 from inference_server.engine.rejection import Verified
 from inference_server.engine.request import Request
 from inference_server.engine.response_cache import Answer, ResponseCache
@@ -81,8 +82,9 @@ CPU_KV_BYTES = 1 << 30
 
 
 PACKED_SHARE = 4
-"""Packed weights may take one part in so many of the memory that is free at the start, unless told otherwise."""
-ON_CPU_ONLY = "Packed weights are for models on the CPU so far; on a GPU the model runs with its master weights."
+"""Packed weights may take one part in so many of the host's memory that is free at the start, unless told otherwise."""
+SPARE_DEVICE_BYTES = 1 << 30
+"""What packed weights leave free on a GPU, for steps and what they record."""
 
 
 News = Notice | RequestFailed | TaskProgress | KvEvents | FeaturesApplied | FeaturesSettled | CommandFailed
@@ -251,7 +253,6 @@ class Engine:
         if no_compiler is not None:
             unavailable["compiled"] = no_compiler
         if loaded.device.type != "cpu":
-            unavailable |= dict.fromkeys(WEIGHT_FEATURES, ON_CPU_ONLY)
             unavailable["kv_cache_dtype"] = "8-bit keys and values are for models on the CPU so far."
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
@@ -274,14 +275,16 @@ class Engine:
         self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = self._first_features(defaults)
-        budget = config.packed_bytes
+        layout: Layout = planes if loaded.device.type == "cuda" else packing
         self.weights = WeightVariants(
             loaded.model,
             None if self.fast is None else self.fast.architecture,
-            available_host_bytes() // PACKED_SHARE if budget is None else budget,
+            self._packed_budget(),
             self._progress.put,
             loaded.rounded,
             loaded.located.path,
+            layout,
+            *(() if self.gpu is None else (self.gpu.compile_for,)),
         )
         """Copies of the weights in other precisions."""
         self._host_bytes = min(MAX_HOST_BYTES, available_host_bytes() // 8)
@@ -431,6 +434,14 @@ class Engine:
             notes=loaded.located.notes,
         )
 
+    def _packed_budget(self) -> int:
+        """What packed weights may take: what was asked for, or of a GPU's memory what the keys and values left."""
+        if self.config.packed_bytes is not None:
+            return self.config.packed_bytes
+        if self.loaded.device.type == "cuda":
+            return max(available_bytes(self.loaded.device) - SPARE_DEVICE_BYTES, 0)
+        return available_host_bytes() // PACKED_SHARE
+
     def _capacity(self) -> Capacity:
         loaded, config = self.loaded, self.config
         per_token = loaded.kv_bytes_per_token
@@ -439,7 +450,7 @@ class Engine:
         if wanted is None:
             if loaded.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(loaded.device)
-                wanted = int(free * 0.85)
+                wanted = int((free - (config.packed_bytes or 0)) * 0.85)
             else:
                 wanted = min(CPU_KV_BYTES, available_host_bytes() // 4)
         # More blocks than every request at its longest could fill would only take memory from others.
@@ -625,7 +636,10 @@ class Engine:
         stopwatch = Stopwatch(self._sleeper)
         self._land()
         tensors = self.runner.tensors
+        if self.loaded.device.type == "cuda":
+            self.weights.drop()
         weights = [*self.loaded.model.parameters(), *self.loaded.model.buffers(), *self._proposers.weights]
+        weights += self.weights.tensors
         if self.gpu is not None:
             self.gpu.forget_graphs()
         self.speculation.forget()

@@ -20,8 +20,18 @@ def available_host_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on a device, with what its allocator keeps for later."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def give_free_memory_back() -> None:
     """Hand memory that was freed in this process back to the system, where its allocator keeps it for later."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -20,7 +20,7 @@ from inference_server.features import FeatureError
 from inference_server.models.errors import ModelError
 from inference_server.protocol import EngineConfig
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="packed weights are for the CPU so far")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="told against the fast path of the CPU")
 
 FORMATS: list[dict[str, Any]] = [
     {"weight_precision": "int8"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ from serving import DEVICE, GREEDY, engine_for, generate, run, submit
 
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled, StepPlan
-from inference_server.protocol import Kind, SamplingParams
+from inference_server.protocol import FeaturesApplied, Kind, SamplingParams
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")]
 FAMILY = ["llama", "mistral-window", "qwen2", "qwen3", "smollm3"]
@@ -198,3 +199,108 @@ def test_speculation_on_the_fast_path_says_the_same() -> None:
             submit(engine, handle, text, max_tokens=40, **(GREEDY if handle % 2 else {"temperature": 0.5, "seed": 3}))
         outputs.append(run(engine))
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+PRECISIONS: list[dict[str, Any]] = [
+    {"weight_precision": "master"},
+    {"weight_precision": "int8"},
+    {"weight_precision": "int4", "int4_group": "32", "int4_grid": "minimum"},
+    {"weight_precision": "int4", "int4_group": "64", "int4_grid": "symmetric"},
+    {"weight_precision": "int4", "int4_group": "64", "int4_grid": "zero-point"},
+]
+
+
+def flip(engine: Any, values: dict[str, Any]) -> None:
+    answers = engine.set_features(1, values)
+    engine.weights.wait()
+    (applied, *_) = answers or [each for each in engine.take_news() if isinstance(each, FeaturesApplied)]
+    assert applied.values["weight_precision"] == values["weight_precision"]
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+def test_a_hundred_flips_of_the_precision_leave_the_answers_of_a_server_started_in_it(graphs: bool) -> None:
+    texts = prompts(4)
+
+    def answers(engine: Any, first: int) -> list[list[int]]:
+        engine.forget_caches()  # a cached beginning is computed by other kernels, which round otherwise
+        for handle, text in enumerate(texts, first):
+            submit(engine, handle, text, max_tokens=24, **GREEDY)
+        return list(run(engine).values())
+
+    def model() -> Any:
+        return build("llama").bfloat16().to(DEVICE)
+
+    expected = [answers(engine_for(model(), features={**values, "cuda_graphs": graphs}), 0) for values in PRECISIONS]
+    assert len({str(each) for each in expected}) >= 4, "the precisions can be told apart"
+    engine = engine_for(model(), features={"cuda_graphs": graphs})
+    assert answers(engine, 0) == expected[0]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    draw = random.Random(0)
+    wanted: dict[int, int] = {}
+    seen: dict[int, int] = {}
+
+    def step() -> None:
+        report, _ = engine.step()
+        for handle in report.tokens.request if report is not None else ():
+            seen[handle] = seen.get(handle, 0) + 1
+
+    for turn in range(100):
+        for index, text in enumerate(texts[:2]):
+            wanted[1000 + 10 * turn + index] = 4 + 30 * index
+            submit(engine, 1000 + 10 * turn + index, text, max_tokens=4 + 30 * index, **GREEDY)
+        for _ in range(draw.randrange(1, 4)):
+            step()
+        choice = draw.randrange(len(PRECISIONS))
+        flip(engine, PRECISIONS[choice])
+        step()
+        if turn % 10 == 0:
+            while engine.has_work():
+                step()
+            assert answers(engine, 10 * turn) == expected[choice], f"turn {turn}: {PRECISIONS[choice]}"
+    while engine.has_work():
+        step()
+    engine.check_integrity()
+    assert seen == wanted, "a request is incomplete"
+    assert engine.weights.nbytes > 0
+    flip(engine, PRECISIONS[0])
+    engine.weights.drop()
+    gc.collect()
+    assert engine.weights.nbytes == 0
+    assert answers(engine, 5000) == expected[0]
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_packed_weights_sleep_and_wake_with_the_engine() -> None:
+    engine = engine_for(build("llama").bfloat16().to(DEVICE))
+    text = prompts(1)[0]
+    flip(engine, PRECISIONS[1])
+    flip(engine, PRECISIONS[2])
+    submit(engine, 0, text, max_tokens=24, **GREEDY)
+    expected = run(engine)[0]
+    held = engine.weights.nbytes
+    engine.sleep()
+    assert engine.weights.nbytes < held, "the copy that is not in use is given up"
+    taken = torch.empty(1 << 24, device=DEVICE)  # whatever comes back has to come back elsewhere
+    engine.wake()
+    engine.forget_caches()
+    submit(engine, 1, text, max_tokens=24, **GREEDY)
+    assert run(engine)[1] == expected
+    del taken
+
+
+def test_quality_and_gptq_on_a_gpu() -> None:
+    engine = engine_for(build("llama").bfloat16().to(DEVICE))
+    engine.precision._encode = lambda text: [3 + ord(letter) % 250 for letter in text[:700]]
+    engine.precision._decode = str
+    engine.precision.calibrate()
+    wanted = {**PRECISIONS[3], "int4_rounding": "gptq"}
+    engine.precision.measure("a text of some length " * 30, wanted)
+    engine.weights.wait()
+    while engine.precision.has_work or engine.precision.waits:
+        engine.precision.advance()
+    (result,) = engine.precision.status()["results"]
+    assert 0 < result["divergence"] < 5
+    assert engine.precision.memory()["packed"] > 0
+    (variant,) = engine.weights.kept()
+    assert all(each.gptq <= each.nearest * 1.05 for each in variant.errors)

@@ -387,7 +387,9 @@ def test_a_proposing_model_on_the_gpu_path_says_what_it_says_on_the_plain_one() 
     tensors.reserve([(2, 16, 16)] * 3)
     plain = ModelRunner(model, tensors)
     architecture = fuse(model, torch.float32, 64)
-    fast = GpuRunner(architecture, plain, 64, 2).sibling(replace(architecture, layers=architecture.layers[:2]))
+    fast = GpuRunner(architecture, plain, 64, 2).sibling(
+        architecture=replace(architecture, layers=architecture.layers[:2])
+    )
     short = ModelRunner(first_layers(model, 2), tensors)
     said = []
     for each in (short, fast):

@@ -21,7 +21,7 @@ from inference_server.engine.quantization.packing import Scheme, quantize
 from inference_server.features import FeatureError
 from inference_server.protocol import EngineConfig, TaskProgress
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="packed weights are for the CPU so far")
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="told against the fast path of the CPU")
 
 TEXT = " ".join(texts.evaluation().split()[:130])
 

@@ -130,7 +130,7 @@ def test_a_model_that_says_the_same_is_always_right(model: Any, method: str) -> 
     assert steps == [([], [])] + [([4] * 3, [4] * 3)] * 5, "after the prompt, five tokens a step"
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="packed weights and 8-bit keys and values are for the CPU so far")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="8-bit keys and values are for the CPU so far")
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("switch", [{"kv_cache_dtype": "int8"}, {"weight_precision": "int3"}])
 def test_the_first_layers_read_what_the_model_reads_after_a_switch_of_precision(

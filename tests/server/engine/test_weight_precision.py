@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
-from serving import DEVICE, GREEDY, engine_for, run, submit
+from serving import GREEDY, engine_for, run, submit
 
 pytest.importorskip("numba")
 
@@ -17,8 +17,6 @@ from inference_server.engine.quantization.packing import Scheme, quantize
 from inference_server.engine.work import step_work
 from inference_server.features import FeatureError
 from inference_server.protocol import CommandFailed, FeaturesApplied, TaskProgress
-
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="packed weights are for the CPU so far")
 
 PRECISIONS: list[dict[str, Any]] = [
     {"weight_precision": "master"},
@@ -130,16 +128,16 @@ def test_requests_that_run_across_a_flip_all_end() -> None:
 def test_the_engine_serves_on_while_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    from inference_server.engine.quantization import variants
+    from inference_server.engine.quantization import packing
 
     gate = threading.Event()
-    original = variants.quantize
+    original = packing.quantize
 
     def slow(*arguments: Any) -> Any:
         gate.wait(10)
         return original(*arguments)
 
-    monkeypatch.setattr(variants, "quantize", slow)
+    monkeypatch.setattr(packing, "quantize", slow)
     engine = engine_for(model())
     before = answers_of(engine)
     assert engine.set_features(7, {"weight_precision": "int8"}) == []
@@ -160,11 +158,11 @@ def test_the_engine_serves_on_while_weights_are_packed(monkeypatch: pytest.Monke
 def test_a_later_switch_of_the_weights_takes_the_place_of_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    from inference_server.engine.quantization import variants
+    from inference_server.engine.quantization import packing
 
     gate = threading.Event()
-    original = variants.quantize
-    monkeypatch.setattr(variants, "quantize", lambda *arguments: (gate.wait(10), original(*arguments))[1])
+    original = packing.quantize
+    monkeypatch.setattr(packing, "quantize", lambda *arguments: (gate.wait(10), original(*arguments))[1])
     engine = engine_for(model())
     assert engine.set_features(1, {"weight_precision": "int4"}) == []
     gate.set()

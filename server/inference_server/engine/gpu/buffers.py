@@ -62,3 +62,8 @@ class Buffers:
         self.partial = torch.empty(scratch.heads * a.head_dim, device=device)
         self.state = torch.empty(scratch.heads * 2, device=device)
         self.counters = torch.zeros(scratch.counters, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of it."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))

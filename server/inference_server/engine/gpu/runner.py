@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from inference_server.engine import sampler
 from inference_server.engine.attention import PagedKVTensors
-from inference_server.engine.gpu import choosing, kernels
+from inference_server.engine.gpu import choosing, kernels, products
 from inference_server.engine.gpu.buffers import Buffers, Scratch
 from inference_server.engine.gpu.choosing import Alternatives, DeviceSampler
-from inference_server.engine.gpu.linear import linear
-from inference_server.engine.gpu.tiles import Tile, choose_tile
+from inference_server.engine.gpu.packed_tiles import MOST_ROWS
+from inference_server.engine.gpu.products import Weights, weights_of
 from inference_server.engine.llama import Architecture, Layer
+from inference_server.engine.quantization.variants import Variant
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.sampler import DeviceTokens, Sampled
@@ -189,7 +191,13 @@ class GpuRunner:
         self._last_step = -1
         self._block_size = 0
         self._turn = 0
+        self._variant: Variant | None = None
+        self._weights = weights_of(architecture, None)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
+        """With the weights in use."""
+        self._master_graphs = self._graphs
+        self._packed_graphs: WeakKeyDictionary[Variant, dict[Shape, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
+        """They end with their variant, whose addresses they hold."""
         self._verify_rows = next(each for each in VERIFY_ROWS if each >= min(max(32, 8 * rows), VERIFY_ROWS[-1]))
         self._ahead = False
         """Kernels are compiled before they are needed."""
@@ -210,9 +218,47 @@ class GpuRunner:
         self._buffers = self._reserve()
         self._reset_tables()
 
-    def sibling(self, architecture: Architecture) -> GpuRunner:
-        """Another runner over the same cache, of a part of the model."""
-        return GpuRunner(architecture, self.plain, self._positions, self._most, pdl=self._pdl)
+    def sibling(self, tensors: PagedKVTensors | None = None, architecture: Architecture | None = None) -> GpuRunner:
+        """Another runner that reads the weights that are in use.
+
+        Parameters
+        ----------
+        tensors : PagedKVTensors, optional
+            Its cache, where it is not this one's.
+        architecture : Architecture, optional
+            Where it computes only a part of the model.
+        """
+        plain = self.plain if tensors is None else ModelRunner(self.plain.model, tensors)
+        other = GpuRunner(architecture or self.architecture, plain, self._positions, self._most, pdl=self._pdl)
+        other.use(self._variant)
+        return other
+
+    def use(self, variant: Variant | None) -> None:
+        """Read a packed copy of the weights from the next step on, or with ``None`` the master."""
+        self._variant = variant
+        self._weights = weights_of(self.architecture, variant)
+        self._graphs = self._master_graphs if variant is None else self._packed_graphs.setdefault(variant, {})
+
+    def rebuild(self) -> None:
+        """Take up that the cache's tensors lie elsewhere."""
+        self._reset_tables()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of activations and logits."""
+        return self._buffers.nbytes + (0 if self._verifying is None else self._verifying.nbytes)
+
+    @torch.inference_mode()
+    def compile_for(self, variant: Variant) -> None:
+        """Compile what steps with a variant need; from any thread, while others are served."""
+        if not self._cuda:
+            return
+        torch.cuda.set_device(self._tables.device)
+        weights = weights_of(self.architecture, variant)
+        with kernels.compiling():
+            for bucket in [bucket for bucket in BUCKETS if bucket <= self._rows]:
+                self._decode(self._buffers, bucket, weights)
+            self._compile_many(weights)
 
     @torch.inference_mode()
     def compile(self, most: int) -> None:
@@ -251,6 +297,19 @@ class GpuRunner:
         for bucket in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
             with kernels.compiling():
                 self._decode(self._buffers, bucket)
+
+    def _compile_many(self, weights: Weights) -> None:
+        """Compile the products of steps with prompts."""
+        a, most = self.architecture, MOST_ROWS
+        for rows in (most, most + 1):
+            normed = torch.empty(rows, a.hidden, dtype=a.dtype, device=self.device)
+            wide = torch.empty(rows, 2 * a.intermediate, dtype=a.dtype, device=self.device)
+            attended = torch.empty(rows, a.heads * a.head_dim, dtype=a.dtype, device=self.device)
+            layer = weights.layers[0]
+            products.many(normed, layer.qkv, wide[:, : self._buffers.qkv.shape[1]].contiguous())
+            products.many(attended, layer.output, normed)
+            products.many(normed, layer.gate_up, wide)
+            products.many(wide[:, : a.intermediate].contiguous(), layer.down, normed)
 
     @torch.inference_mode()
     def _compile_verifying(self) -> None:
@@ -500,7 +559,7 @@ class GpuRunner:
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def _decode(self, b: Buffers, rows: int) -> None:
+    def _decode(self, b: Buffers, rows: int, weights: Weights | None = None) -> None:
         """One position for each of ``rows`` rows of the fixed buffers."""
         stride = _aligned(rows)
         ids, positions, seats, by_length = (b.inputs[part * stride :][:rows] for part in range(4))
@@ -510,7 +569,7 @@ class GpuRunner:
         def attend(index: int, projected: Tensor, out: Tensor) -> None:
             self._attend(index, projected, positions, seats, out, order, splits=splits, pdl=self._pdl)
 
-        self._few(b, rows, ids, seats, seats, attend)
+        self._few(b, rows, ids, seats, seats, attend, weights or self._weights)
 
     def _verify(self, b: Buffers, shape: Shape) -> None:
         """A few positions for each of some requests."""
@@ -523,7 +582,7 @@ class GpuRunner:
         def attend(index: int, projected: Tensor, out: Tensor) -> None:
             self._attend_segments(b, index, projected, segments, positions, seats, out, shape.depth)
 
-        self._few(b, rows, ids, seats, newest, attend)
+        self._few(b, rows, ids, seats, newest, attend, self._weights)
 
     def _few(
         self,
@@ -533,6 +592,7 @@ class GpuRunner:
         seats: Tensor,
         newest: Tensor,
         attend: Callable[[int, Tensor, Tensor], None],
+        weights: Weights,
     ) -> None:
         """All layers and the choice of tokens for at most some hundred rows, attention as ``attend`` has it.
 
@@ -543,40 +603,35 @@ class GpuRunner:
         attended, delta = b.attended[:rows], b.delta[:rows]
         both, active = b.both[:rows], b.active[:rows]
         kernels.embed(ids, seats, self._last, a.embedding, residual, pdl=pdl)
+        x, copy = residual[0], None
+        if rows == 1 and weights.narrow:
+            kernels.embed(ids, seats, self._last, a.embedding, normed, pdl=pdl)
+            x = copy = normed[0]
         pending: Tensor | None = None
-        for index, layer in enumerate(a.layers):
+        for index, (layer, read) in enumerate(zip(a.layers, weights.layers, strict=True)):
             projected = qkv
             if rows == 1:
-                kernels.gemv(residual[0], layer.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
+                products.vector(x, read.qkv, out=qkv[0], gain=layer.input_norm, eps=a.eps, pdl=pdl)
             else:
                 kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed, pdl=pdl)
-                projected = self._product(normed, layer.qkv, qkv, b.qkv_parts)
+                projected = products.few(normed, read.qkv, qkv, b.qkv_parts, pdl=pdl)
             attend(index, projected, attended)
             if rows == 1:
-                kernels.gemv(attended[0], layer.output, residual=residual[0], pdl=pdl)
-                kernels.gemv_gate_up(residual[0], layer.post_norm, a.eps, layer.gate_up, active[0], pdl=pdl)
-                kernels.gemv(active[0], layer.down, residual=residual[0], pdl=pdl)
+                products.vector(attended[0], read.output, residual=residual[0], copy=copy, pdl=pdl)
+                products.gated_vector(x, layer.post_norm, a.eps, read.gate_up, active[0], pdl=pdl)
+                products.vector(active[0], read.down, residual=residual[0], copy=copy, pdl=pdl)
             else:
-                added = self._product(attended, layer.output, delta, b.delta_parts)
+                added = products.few(attended, read.output, delta, b.delta_parts, pdl=pdl)
                 kernels.add_norm(residual, added, layer.post_norm, a.eps, normed, pdl=pdl)
-                tile = self._tile(layer.gate_up, rows, gated=True)
-                if tile is not None:
-                    linear(normed, layer.gate_up, active, tile, gated=True, pdl=pdl)
-                else:
-                    kernels.multiply(normed, layer.gate_up, both)
-                    kernels.silu_mul(both, active, pdl=pdl)
-                pending = self._product(active, layer.down, delta, b.delta_parts)
+                products.gated_few(normed, read.gate_up, both, active, pdl=pdl)
+                pending = products.few(active, read.down, delta, b.delta_parts, pdl=pdl)
         if rows == 1:
             logits = b.logits_one
-            kernels.gemv(residual[0], a.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
+            products.vector(x, weights.head, out=logits[0], gain=a.final_norm, eps=a.eps, pdl=pdl)
         else:
             logits = b.logits[:rows]
             kernels.add_norm(residual, pending, a.final_norm, a.eps, normed, pdl=pdl)
-            tile = self._tile(a.head, rows)
-            if tile is not None and tile.splits == 1:
-                linear(normed, a.head, logits, tile, pdl=pdl)
-            else:
-                kernels.multiply(normed, a.head, logits)
+            products.whole_few(normed, weights.head, logits, pdl=pdl)
         kernels.argmax(logits, newest, b.best, b.index, b.tokens, self._last, pdl=pdl)
 
     def _attend(
@@ -651,26 +706,9 @@ class GpuRunner:
             pdl=self._pdl,
         )
 
-    def _product(self, x: Tensor, weight: Tensor, whole: Tensor, parts: Tensor) -> Tensor:
-        """``x @ weight.T`` in ``whole``, or in several parts to be summed, ``[parts, rows, columns]``."""
-        rows, columns = len(x), len(weight)
-        tile = self._tile(weight, rows)
-        if tile is None:
-            kernels.multiply(x, weight, whole)
-            return whole
-        out = parts[: tile.splits * rows * columns].view(tile.splits, rows, columns)
-        linear(x, weight, out, tile, pdl=self._pdl)
-        return out
-
-    def _tile(self, weight: Tensor, rows: int, *, gated: bool = False) -> Tile | None:
-        """How the own kernel computes a product of few rows; ``None`` where cuBLAS does."""
-        if weight.dtype != torch.bfloat16 and not kernels.INTERPRETED:
-            return None
-        return choose_tile(weight.shape[0] // (2 if gated else 1), weight.shape[1], rows, gated=gated)
-
     def _mixed_step(self, packed: PackedStep, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Any step: some requests compute many positions."""
-        a, rows, count = self.architecture, packed.rows, len(packed.kept)
+        a, weights, rows, count = self.architecture, self._weights, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
         columns, at = [], 0
         singles = packed.singles
@@ -688,10 +726,10 @@ class GpuRunner:
         active = torch.empty(rows, a.intermediate, device=device, dtype=dtype)
         kernels.embed(ids, seats, self._last, a.embedding, residual)
         pending: Tensor | None = None
-        for index, layer in enumerate(a.layers):
+        for index, (layer, read) in enumerate(zip(a.layers, weights.layers, strict=True)):
             keys, values = self.tensors.keys[index], self.tensors.values[index]
             kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed)
-            kernels.multiply(normed, layer.qkv, qkv)
+            products.many(normed, read.qkv, qkv)
             if singles:
                 self._attend(index, qkv[:singles], positions, seats, attended[:singles], order, splits=1)
             if packed.tiles:
@@ -719,17 +757,18 @@ class GpuRunner:
                     block_size=self._block_size,
                     window=layer.window,
                 )
-            kernels.multiply(attended, layer.output, delta)
+            products.many(attended, read.output, delta)
             kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
-            kernels.multiply(normed, layer.gate_up, both)
+            products.many(normed, read.gate_up, both)
             kernels.silu_mul(both, active)
-            kernels.multiply(active, layer.down, delta)
+            products.many(active, read.down, delta)
             pending = delta
         if not count:
             return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
         last = torch.empty(count, a.hidden, device=device, dtype=dtype)
         kernels.add_norm(residual, pending, a.final_norm, a.eps, last, select=kept)
-        logits = torch.mm(last, a.head.t())
+        logits = torch.empty(count, a.vocab, device=device, dtype=dtype)
+        products.many(last, weights.head, logits)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
         best = torch.empty(count, parts, device=device)
         index_ = torch.empty(count, parts, device=device, dtype=torch.int32)
@@ -764,16 +803,19 @@ class GpuRunner:
 
     def forget_graphs(self) -> None:
         """Give up the captured graphs: they hold addresses that are about to change, and memory."""
-        self._graphs.clear()
-        self._pool = None
+        self._clear_graphs()
         self._verifying = None
+
+    def _clear_graphs(self) -> None:
+        for graphs in (self._master_graphs, *self._packed_graphs.values()):
+            graphs.clear()
+        self._pool = None  # a pool ends with the last graph in it
 
     def _reset_tables(self) -> None:
         self._block_size = self.tensors.block_size
         self._width = -(-self._positions // self._block_size)
         self._tables = torch.zeros(self._num_seats, self._width, dtype=torch.int32, device=self.device)
-        self._graphs.clear()  # they hold the address and the width of the table
-        self._pool = None  # a pool ends with the last graph in it
+        self._clear_graphs()  # they hold the address and the width of the table
         self._seats.clear()
         self._free = list(range(self._num_seats - 1, -1, -1))
 
@@ -798,13 +840,8 @@ class GpuRunner:
     def _scratch(self, sizes: list[int], heads: int, segments: int) -> Scratch:
         layer, kv = self.architecture.layers[0], self.architecture.kv_heads
         return Scratch(
-            self._space(sizes, layer.qkv), self._space(sizes, layer.output, layer.down), heads, segments * kv
+            products.space(sizes, layer.qkv), products.space(sizes, layer.output, layer.down), heads, segments * kv
         )
-
-    def _space(self, sizes: list[int], *weights: Tensor) -> int:
-        """Room for the parts of products with these weights, where the own kernel computes them."""
-        cases = [(w, rows, self._tile(w, rows)) for w in weights for rows in sizes if rows > 1]
-        return max((tile.splits * rows * len(w) for w, rows, tile in cases if tile is not None), default=0)
 
     def _pinned(self, length: int) -> Tensor:
         return torch.zeros(length, dtype=torch.int32, pin_memory=self._cuda)

@@ -100,7 +100,7 @@ def save(model: nn.Module, variant: Variant, source: Path, folder: Path) -> int:
             if matrix.head:
                 continue
             for part in matrix.parts:
-                rounded = packed.unpack(part.first, part.last)
+                rounded = packed.unpack(part.first, part.last).to(torch.device("cpu"))
                 tensors |= {f"{part.name}.{name}": value for name, value in _stored(rounded).items()}
                 groups.setdefault(packed.scheme, []).append(part.name)
         replaced = {name for names in groups.values() for name in names}

@@ -155,7 +155,7 @@ def round_model(
         return inputs @ result.dequantize().T
 
     with torch.inference_mode():
-        x = architecture.embedding[ids].float()
+        x = architecture.embedding[ids.to(architecture.embedding.device)].float()
         for number, layer in enumerate(architecture.layers):
             x = run_layer(architecture, layer, x, lambda name, *rest, at=number: rounded(f"layers.{at}.{name}", *rest))
     return solved, errors
@@ -192,7 +192,8 @@ def run_layer(a: Architecture, layer: Layer, x: Tensor, multiply: Multiply) -> T
         query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
     mask = None
     if layer.window and layer.window < length:
-        distance = torch.arange(length)[:, None] - torch.arange(length)
+        place = torch.arange(length, device=x.device)
+        distance = place[:, None] - place
         mask = (distance >= 0) & (distance < layer.window)
     attended = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=a.scaling, enable_gqa=a.heads != a.kv_heads

@@ -13,7 +13,7 @@ The kernels of ``engine.cpu.kernels`` read the layout that :func:`pack` writes, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -101,6 +101,11 @@ class Rounded:
     offset: Tensor | None
     scheme: Scheme
 
+    def to(self, device: torch.device) -> Rounded:
+        """The same on a device."""
+        offset = None if self.offset is None else self.offset.to(device)
+        return Rounded(self.values.to(device), self.scale.to(device), offset, self.scheme)
+
     def dequantize(self) -> Tensor:
         """What it stands for, float32 ``[rows, columns]``, with the very roundings of the kernels."""
         rows, columns = self.values.shape
@@ -117,6 +122,30 @@ class Rounded:
         if self.offset is None:
             return -self.scale * (self.scheme.levels // 2)
         return self.offset if self.scheme.grid == "minimum" else -self.scale * self.offset
+
+
+class Packed(Protocol):
+    """A packed matrix in whatever form."""
+
+    data: Tensor
+    """uint8, one piece."""
+    rows: int
+    columns: int
+    scheme: Scheme
+
+    @property
+    def group(self) -> int:
+        """Weights per group, spelled out."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+
+    def unpack(self, first: int = 0, last: int | None = None) -> Rounded:
+        """The rounded weights of rows ``[first, last)``."""
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The weights of rows ``[first, last)`` as float32."""
 
 
 @dataclass(slots=True)
@@ -169,7 +198,7 @@ class PackedMatrix:
         else:
             values = torch.cat((blocks & 15, blocks >> 4), dim=-1)
             if offset is None:
-                values -= _shift(scheme)
+                values -= zero_shift(scheme)
         values = values.permute(0, 3, 1, 2, 4).reshape(count, self.columns)
         keep = slice(skip, skip + last - first)
         return Rounded(values[keep].contiguous(), scale[keep], None if offset is None else offset[keep], scheme)
@@ -193,7 +222,7 @@ def pack(rounded: Rounded, into: Tensor | None = None) -> PackedMatrix:
     ----------
     rounded : Rounded
     into : Tensor, optional
-        uint8 ``[tiles, bytes of a tile]`` to write to.
+        uint8, of :func:`packed_bytes`, to write to.
     """
     rows, columns = rounded.values.shape
     scheme = rounded.scheme
@@ -214,11 +243,12 @@ def pack(rounded: Rounded, into: Tensor | None = None) -> PackedMatrix:
         body = blocks.contiguous().view(torch.uint8)
     else:
         if offset is None:
-            blocks = blocks + _shift(scheme)
+            blocks = blocks + zero_shift(scheme)
         body = blocks[..., :16] | (blocks[..., 16:] << 4)
     header_bytes = header.contiguous().view(torch.uint8)
     if into is None:
         into = torch.empty(tiles, packed_bytes(rows, columns, scheme) // tiles, dtype=torch.uint8)
+    into = into.view(tiles, -1)
     target = into.view(tiles, groups, -1)
     target[:, :, : header_bytes.shape[2]] = header_bytes
     target[:, :, header_bytes.shape[2] :] = body.reshape(tiles, groups, -1)
@@ -279,7 +309,8 @@ def quantize(weight: Tensor, scheme: Scheme, into: Tensor | None = None) -> Pack
     rows, columns = weight.shape
     scheme = scheme.fitted(columns)
     if into is None:
-        into = torch.empty(-(-rows // TILE), packed_bytes(TILE, columns, scheme), dtype=torch.uint8)
+        into = torch.empty(packed_bytes(rows, columns, scheme), dtype=torch.uint8)
+    into = into.view(-(-rows // TILE), -1)
     step = max(CHUNK_WEIGHTS // columns // TILE, 1) * TILE
     for first in range(0, rows, step):
         part = round_to_nearest(weight[first : first + step], scheme)
@@ -293,7 +324,7 @@ def _header_bytes(scheme: Scheme) -> int:
     return 2 * TILE if scheme.grid == "symmetric" else 4 * TILE
 
 
-def _shift(scheme: Scheme) -> int:
+def zero_shift(scheme: Scheme) -> int:
     """What is added to a symmetric grid's integers: the kernels have its zero at 8 whatever the number of levels."""
     return 8 - scheme.levels // 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from inference_server import features as feature_rules
-from inference_server.engine.memory import available_host_bytes
+from inference_server.engine.memory import available_bytes
 from inference_server.engine.quantization import checkpoint, quality, texts
 from inference_server.engine.quantization.quality import Measurement, QualityResult, Side
 from inference_server.engine.quantization.variants import TASK as PACKING
@@ -114,7 +114,7 @@ class Precision:
             "packed": engine.weights.nbytes,
             "kv": sum(each.nbytes for each in engine.runner.tensors.whole),
             "activations": fast.buffer_bytes if isinstance(fast, WeightReader) else 0,
-            "free": available_host_bytes(),
+            "free": available_bytes(engine.loaded.device),
         }
 
     def measure(self, text: str | None = None, values: dict[str, Any] | None = None) -> dict[str, Any]:

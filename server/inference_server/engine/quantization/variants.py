@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -20,26 +21,21 @@ from torch.nn.functional import linear
 
 from inference_server.engine.llama import Architecture
 from inference_server.engine.memory import give_free_memory_back
-from inference_server.engine.quantization import gptq
+from inference_server.engine.quantization import gptq, packing
 from inference_server.engine.quantization.gptq import LayerError
-from inference_server.engine.quantization.packing import (
-    BLOCK,
-    TILE,
-    PackedMatrix,
-    Rounded,
-    Scheme,
-    pack,
-    packed_bytes,
-    quantize,
-)
+from inference_server.engine.quantization.packing import BLOCK, Packed, Rounded, Scheme
 from inference_server.features import FeatureError, Features
 from inference_server.protocol import Notice, TaskProgress
 
 TASK = "packing weights"
-ALIGNMENT = 64
+ALIGNMENT = 128
 """Where in memory a packed matrix begins, in bytes."""
 TIED_TO = "model.embed_tokens.weight"
 """What the output layer is called in a file where it is the embedding."""
+WIDE = {"F64", "F32"}
+"""What safetensors calls the types that have more bits than a master of 16."""
+EXPANDED_WEIGHTS = 1 << 26
+"""Weights that the plain path expands at once."""
 HEAD_OF_INT4 = Scheme(8, 32)
 """The output layer beside 4-bit layers: its errors go straight into the logits; GGUF files keep it in 8 bits too."""
 
@@ -114,20 +110,38 @@ class Matrix:
             scheme,
         )
 
-    def packed_bytes(self, weights: WeightFormat) -> int:
-        """Memory of it in a format."""
-        rows, columns = self.weight.shape
-        return packed_bytes(rows, columns, (weights.head if self.head else weights.body).fitted(columns))
+    def scheme(self, weights: WeightFormat) -> Scheme:
+        """How it is rounded in a format."""
+        return (weights.head if self.head else weights.body).fitted(self.weight.shape[1])
 
 
-@dataclass(slots=True)
+class Layout(Protocol):
+    """The form that somebody's kernels read: a module that has these functions."""
+
+    def packed_bytes(self, rows: int, columns: int, scheme: Scheme) -> int:
+        """Memory that a matrix takes when packed."""
+
+    def pack(self, rounded: Rounded, into: Tensor | None = None) -> Packed:
+        """Lay a rounded matrix out, in ``into`` where that is given, on its device."""
+
+    def quantize(self, weight: Tensor, scheme: Scheme, into: Tensor | None = None) -> Packed:
+        """Round a matrix to nearest and lay it out."""
+
+
+def key_of(weight: Tensor) -> tuple[int, int]:
+    """What tells a matrix from others as long as it lives, also where its memory is given back and taken again."""
+    storage: Any = weight.untyped_storage()
+    return storage._cdata, int(weight.storage_offset())  # noqa: SLF001 - torch has no other name for it
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Variant:
     """One packed copy of a model's matrices."""
 
     weights: WeightFormat
     matrices: list[Matrix]
-    packed: dict[int, PackedMatrix] = field(default_factory=dict)
-    """By the address of the master's matrix."""
+    packed: dict[tuple[int, int], Packed] = field(default_factory=dict)
+    """By the master's matrix (:func:`key_of`)."""
     errors: list[LayerError] = field(default_factory=list)
     """Of each matrix on the calibration text, where GPTQ rounded it."""
 
@@ -141,16 +155,16 @@ class Variant:
         """Memory it takes."""
         return sum(matrix.nbytes for matrix in self.packed.values())
 
-    def pairs(self) -> Iterator[tuple[Matrix, PackedMatrix]]:
+    def pairs(self) -> Iterator[tuple[Matrix, Packed]]:
         """Each master matrix with its packed copy."""
         for matrix in self.matrices:
-            packed = self.packed.get(matrix.weight.data_ptr())
+            packed = self.packed.get(key_of(matrix.weight))
             if packed is not None:
                 yield matrix, packed
 
-    def of(self, weight: Tensor) -> PackedMatrix | None:
+    def of(self, weight: Tensor) -> Packed | None:
         """The packed copy of a master matrix, ``None`` where it stays as it is."""
-        return self.packed.get(weight.data_ptr())
+        return self.packed.get(key_of(weight))
 
 
 PackingProgress = Callable[[float, str], None]
@@ -178,6 +192,10 @@ class WeightVariants:
         rounded once.
     given : dict, optional
         Layers that the model's folder has rounded already, by name: they are packed as they are where the scheme fits.
+    layout : Layout
+        What the kernels read.
+    built : callable, optional
+        Called with each variant before it counts as ready, in the thread that built it.
     """
 
     def __init__(
@@ -188,6 +206,8 @@ class WeightVariants:
         report: Callable[[TaskProgress | Notice], None],
         given: dict[str, Rounded] | None = None,
         folder: Path | None = None,
+        layout: Layout = packing,
+        built: Callable[[Variant], None] = lambda _: None,
     ) -> None:
         self.budget = budget
         self.matrices, self.left_out = matrices_of(model, architecture)
@@ -197,6 +217,8 @@ class WeightVariants:
         self._folder = folder
         self._calibration: list[int] | None = None
         self._report = report
+        self._layout = layout
+        self._built = built
         self._kept: dict[WeightFormat, Variant] = {}
         self._thread: threading.Thread | None = None
         self._cancelled = threading.Event()
@@ -214,6 +236,11 @@ class WeightVariants:
     def nbytes(self) -> int:
         """Memory of all variants."""
         return sum(variant.nbytes for variant in self._kept.values())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The memory of all variants."""
+        return [matrix.data for variant in self._kept.values() for matrix in variant.packed.values()]
 
     def kept(self) -> list[Variant]:
         """All variants, the one used last at the end."""
@@ -317,10 +344,14 @@ class WeightVariants:
 
     # -- private -------------------------------------------------------------------------------------------------------
 
+    def _bytes(self, matrix: Matrix, weights: WeightFormat) -> int:
+        rows, columns = matrix.weight.shape
+        return self._layout.packed_bytes(rows, columns, matrix.scheme(weights))
+
     def _make_room(self, weights: WeightFormat) -> None:
         if weights.gptq and self._architecture is None:
             raise FeatureError("GPTQ knows a model's layers from the fast path, which cannot run this one.")
-        needed = sum(matrix.packed_bytes(weights) for matrix in self.matrices)
+        needed = sum(self._bytes(matrix, weights) for matrix in self.matrices)
         held = self.in_use.nbytes if self.in_use is not None else 0
         if needed + held > self.budget:
             also = f" beside the {held / 1e6:,.0f} MB of {self.in_use.label}, in use" if self.in_use is not None else ""
@@ -362,15 +393,21 @@ class WeightVariants:
                 told = fraction
                 progress(min(fraction, 0.99), f"{weights.label} {what}".strip())
 
+        device = self.matrices[0].weight.device if self.matrices else torch.device("cpu")
         # One piece of memory: many small ones would leave holes that the system does not get back.
-        sizes = [-(-matrix.packed_bytes(weights) // ALIGNMENT) * ALIGNMENT for matrix in self.matrices]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8)
-        parts: list[Tensor] = list(torch.split(memory, sizes))
-        places = {matrix.weight.data_ptr(): part for matrix, part in zip(self.matrices, parts, strict=True)}
+        sizes = [-(-self._bytes(matrix, weights) // ALIGNMENT) * ALIGNMENT for matrix in self.matrices]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        with _beside_steps(device):
+            self._fill(variant, list(torch.split(memory, sizes)), tell)
+        self._built(variant)
+        return variant
+
+    def _fill(self, variant: Variant, parts: list[Tensor], tell: Callable[[float, str], None]) -> None:
+        weights = variant.weights
+        places = {key_of(matrix.weight): part for matrix, part in zip(self.matrices, parts, strict=True)}
 
         def room(matrix: Matrix) -> Tensor:
-            tiles = -(-matrix.weight.shape[0] // TILE)
-            return places[matrix.weight.data_ptr()][: matrix.packed_bytes(weights)].view(tiles, -1)
+            return places[key_of(matrix.weight)][: self._bytes(matrix, weights)]
 
         if weights.gptq:
             assert self._architecture is not None
@@ -378,20 +415,35 @@ class WeightVariants:
             for matrix in self.matrices:
                 rounded = solved.get(matrix.weight.data_ptr())
                 if rounded is not None:
-                    variant.packed[matrix.weight.data_ptr()] = pack(rounded, room(matrix))
+                    variant.packed[key_of(matrix.weight)] = self._layout.pack(rounded, room(matrix))
         files = WeightFiles(self._folder)
         left = [matrix for matrix in self.matrices if variant.of(matrix.weight) is None]
         total = sum(matrix.weight.numel() for matrix in left)
         done = 0
         for matrix in left:
-            tell(done / total)
-            scheme = (weights.head if matrix.head else weights.body).fitted(matrix.weight.shape[1])
+            tell(done / total, "")
+            scheme = matrix.scheme(weights)
             given = matrix.as_given(scheme, self._given)
             into = room(matrix)
-            packed = quantize(files.finer(matrix), scheme, into) if given is None else pack(given, into)
-            variant.packed[matrix.weight.data_ptr()] = packed
+            if given is None:
+                packed = self._layout.quantize(files.finer(matrix), scheme, into)
+            else:
+                packed = self._layout.pack(given, into)
+            variant.packed[key_of(matrix.weight)] = packed
             done += matrix.weight.numel()
-        return variant
+
+
+@contextmanager
+def _beside_steps(device: torch.device) -> Iterator[None]:
+    """On a GPU, do what is within in a stream of its own, and wait for it: steps go on meanwhile."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 class WeightFiles:
@@ -422,8 +474,10 @@ class WeightFiles:
             if path is None:
                 return matrix.weight
             with safe_open(path, framework="pt") as file:
+                if file.get_slice(name).get_dtype() not in WIDE:
+                    return matrix.weight
                 found.append(file.get_tensor(name))
-        whole = torch.cat(found) if len(found) > 1 else found[0]
+        whole = (torch.cat(found) if len(found) > 1 else found[0]).to(matrix.weight.device)
         finer = whole.shape == matrix.weight.shape and whole.element_size() > matrix.weight.element_size()
         # Not another matrix under the same name: it has to be what the master was rounded from.
         return whole if finer and torch.equal(whole.to(matrix.weight.dtype), matrix.weight) else matrix.weight
@@ -471,11 +525,17 @@ def _around(weight: Tensor, by_begin: dict[int, Tensor], bounds: dict[int, int],
     return by_begin[begin] if begin <= weight.data_ptr() else None
 
 
-def _multiplier(packed: PackedMatrix, part: Part) -> Callable[[Tensor], Tensor]:
+def _multiplier(packed: Packed, part: Part) -> Callable[[Tensor], Tensor]:
     """What a module's ``forward`` does while its weights are packed: expand them, multiply, forget them again."""
     bias = part.module.bias
+    step = max(EXPANDED_WEIGHTS // packed.columns, 1)
 
     def forward(x: Tensor) -> Tensor:
-        return linear(x, packed.dequantize(part.first, part.last).to(x.dtype), bias)
+        outputs = []
+        for first in range(part.first, part.last, step):
+            last = min(first + step, part.last)
+            rows = None if bias is None else bias[first - part.first : last - part.first]
+            outputs.append(linear(x, packed.dequantize(first, last).to(x.dtype), rows))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     return forward
