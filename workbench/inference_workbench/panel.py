@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from inference_workbench.client import Workbench
 
 _STATIC = Path(__file__).parent / "static"
-_INTERVAL_MS = 80
-"""From one frame to the next at least. It goes with the first event after that: some ten a second."""
+_INTERVAL_MS = 70
+"""From one frame to the next at least. It goes with the next news after that: some ten a second."""
 _CREDITS = 16
 _UNACKNOWLEDGED = 300
 """Frames that may be on the way to the page. Where a busy kernel cannot read the page's acknowledgements (no

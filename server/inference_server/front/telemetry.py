@@ -7,6 +7,7 @@ back for more, it gets the newest events that fit into a frame and the number of
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _FRAME_BYTES = 1 << 20
 """Most event bytes in a frame; what is over it goes to the next one."""
 _BACKLOG_BYTES = 4 << 20
 """How far a client may lag before its oldest events are dropped. Proxies refuse messages of 10 MiB."""
+_NEW_S = 0.01
+"""An event that was logged so short a time ago may go: nobody sees the difference."""
 _MAX_CREDITS = 256
 _MAX_INTERVAL_MS = 10_000
 _SILENCE_S = 20.0
@@ -168,12 +171,14 @@ class _Client:
         self._wake = asyncio.Event()
         self._cursor = 0
         self._credits = 0
+        self._logged_at = 0.0
         self._interval_s = 0.0
         self._seq = 0
         self._lost_kv = False
 
     def wake(self) -> None:
-        """Something was logged, or a credit came."""
+        """Something was logged."""
+        self._logged_at = time.monotonic()
         self._wake.set()
 
     def accept(self, subscribe: Subscribe, cursor: int) -> None:
@@ -235,8 +240,25 @@ class _Client:
                 await self.send(self._next_frame())
                 if self._interval_s:
                     await asyncio.sleep(self._interval_s)
+                    await self._wait_for_news()
         except WebSocketDisconnect:
             return
+
+    async def _wait_for_news(self) -> None:
+        """Where the newest event is no longer new, let the next ones come too, for one more interval at most.
+
+        A client that wants few frames would be shown tokens that are up to a step old, though others follow at once.
+        """
+        end = self._log.end
+        if self._cursor == end or time.monotonic() - self._logged_at <= _NEW_S:
+            return
+        deadline = time.monotonic() + self._interval_s
+        while self._log.end == end and (left := deadline - time.monotonic()) > 0:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), left)
+        # A step's tokens follow its record one by one, as their connections take them.
+        await asyncio.sleep(_NEW_S / 2)
 
     async def _wait_for_something(self) -> None:
         deadline = time.monotonic() + _SILENCE_S
