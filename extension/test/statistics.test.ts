@@ -70,6 +70,17 @@ test('the clock offset comes from the quickest exchange', () => {
   assert.equal(clock.known, false);
 });
 
+test('a quick exchange counts for minutes, until the clocks may have drifted by more than a slow one errs', () => {
+  const clock = new ClockOffset();
+  clock.add(0, 2, 1e9);
+  clock.add(60_000, 60_030, 61e9); // a minute later drift may be 3 ms, this one may err by 15
+  assert.equal(clock.serverTime(1), 1e9);
+  assert.ok(Math.abs(clock.uncertaintyMs! - 4) < 0.01);
+  clock.add(400_000, 400_030, 401e9);
+  assert.equal(clock.serverTime(400_015), 401e9);
+  assert.equal(clock.uncertaintyMs, 15);
+});
+
 test('a connection asks for the time often until one exchange was likely quick, then seldom', () => {
   const pauses = Array.from({ length: 14 }, (_, made) => pauseAfter(made + 1));
   assert.deepEqual(pauses.slice(0, 3), [200, 400, 1000]);
