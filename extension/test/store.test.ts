@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
+import type { DeviceEvent } from '../src/telemetry/protocol';
 import { Kind } from '../src/telemetry/protocol';
 import { TelemetryStore } from '../src/telemetry/store';
 import { epochSlopes, pointsOf } from '../src/views/latency-plot';
@@ -70,6 +71,17 @@ test('events that the server dropped are counted and said', () => {
   store.applyFrame(frame(1, [], 17));
   assert.equal(store.dropped, 17);
   assert.equal(store.feed.at(-1)!.missing, 17);
+});
+
+test('the newest sample of the hardware comes with the snapshot, and outlasts one without it of the same server', () => {
+  const store = new TelemetryStore();
+  const device = { t: 'device', at_ns: 1, cores: 2 } as DeviceEvent;
+  store.applySnapshot({ ...snapshot('a'), device });
+  assert.equal(store.device, device);
+  store.applySnapshot(snapshot('a'));
+  assert.equal(store.device, device);
+  store.applySnapshot(snapshot('b'));
+  assert.equal(store.device, null);
 });
 
 test('a reconnection says how many steps nobody saw, and says nothing where there are none', () => {

@@ -935,6 +935,8 @@ class Snapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     """Of the loaded model's device and dtype, once measured."""
     traffic: TrafficEvent | None = None
     """What the load generator does, or did last."""
+    device: DeviceEvent | None = None
+    """The newest sample of the hardware: a quiet server makes the next one only in a while."""
     presets: tuple[FeaturePreset, ...] = ()
     kv: KvEvents | None = None
     """Operations that lead from nothing to the KV cache as it is now; ``None`` while no block is logged."""

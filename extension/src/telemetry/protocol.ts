@@ -420,6 +420,7 @@ export interface Snapshot {
   requests: RequestEvent[];
   history: TelemetryEvent[];
   traffic?: TrafficEvent | null;
+  device?: DeviceEvent | null;
   recordings?: RecordingEvent[];
   ceilings?: Ceilings | null;
   presets?: FeaturePreset[];

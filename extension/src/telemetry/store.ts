@@ -261,8 +261,8 @@ export class TelemetryStore {
     for (const event of snapshot.recordings ?? []) {
       this.recordings.set(event.id, event);
     }
+    this.device = snapshot.device ?? (sameServer ? this.device : null);
     if (!sameServer) {
-      this.device = null;
       this.telemetryCost = null;
     }
     const lastStep = sameServer ? this.steps.at(-1)?.event.step : undefined;

@@ -56,13 +56,15 @@ class DeviceSampler:
 
     async def run(self) -> None:
         """Sample until cancelled."""
-        last = 0.0
+        last, known = 0.0, None
         while True:
             await asyncio.sleep(self._interval_s)
-            if not self._busy() and time.monotonic() - last < _QUIET_EVERY_S:
-                continue
-            last = time.monotonic()
             processes, device = self._processes(), self._device()
+            # An engine that has loaded is looked at also where nobody asks it for anything.
+            news = (processes, device) != known
+            if not self._busy() and not news and time.monotonic() - last < _QUIET_EVERY_S:
+                continue
+            last, known = time.monotonic(), (processes, device)
             # A driver may take milliseconds to answer: not on the event loop.
             self._log(await asyncio.to_thread(self.sample, processes, device))
 

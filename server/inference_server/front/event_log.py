@@ -17,6 +17,7 @@ import msgspec
 from inference_server.front.kv_state import KvState
 from inference_server.protocol import (
     CeilingsEvent,
+    DeviceEvent,
     EngineEvent,
     Event,
     FeaturesEvent,
@@ -74,6 +75,7 @@ class EventLog:
         self._features: tuple[Entry, FeaturesEvent] | None = None
         self._ceilings: tuple[Entry, CeilingsEvent] | None = None
         self._traffic: tuple[Entry, TrafficEvent] | None = None
+        self._device: DeviceEvent | None = None
         self._recordings: dict[str, tuple[Entry, RecordingEvent]] = {}
         self._kv = KvState()
         self._listeners: set[Callable[[], None]] = set()
@@ -117,6 +119,11 @@ class EventLog:
     def kv(self) -> KvEvents | None:
         """Operations that lead from nothing to the KV cache as it is now; ``None`` while no block is logged."""
         return self._kv.describe()
+
+    @property
+    def device(self) -> DeviceEvent | None:
+        """The newest sample of the hardware."""
+        return self._device
 
     @property
     def traffic(self) -> TrafficEvent | None:
@@ -235,6 +242,8 @@ class EventLog:
             self._ceilings = (entry, event)
         elif isinstance(event, TrafficEvent):
             self._traffic = (entry, event)
+        elif isinstance(event, DeviceEvent):
+            self._device = event
         elif isinstance(event, RecordingEvent):
             self._recordings[event.id] = (entry, event)
             while len(self._recordings) > _RECENT_RECORDINGS:

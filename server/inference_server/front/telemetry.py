@@ -25,6 +25,7 @@ from inference_server.protocol import (
     ClockReply,
     ClockRequest,
     Credit,
+    DeviceEvent,
     EngineEvent,
     FeaturePreset,
     FeaturesEvent,
@@ -67,6 +68,7 @@ class _RawSnapshot(Message, frozen=True, tag="snapshot", kw_only=True):
     history: list[msgspec.Raw]
     recordings: list[RecordingEvent]
     traffic: TrafficEvent | None
+    device: DeviceEvent | None
     ceilings: Ceilings | None
     presets: tuple[FeaturePreset, ...]
     kv: KvEvents | None
@@ -152,6 +154,7 @@ class TelemetryHub:
             history=[entry.encoded for entry in history],
             recordings=self._log.recordings,
             traffic=self._log.traffic,
+            device=self._log.device,
             ceilings=self._log.ceilings.ceilings if self._log.ceilings else None,
             presets=presets(served.specs),
             kv=self._log.kv,

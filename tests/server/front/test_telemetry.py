@@ -20,6 +20,7 @@ from inference_server.protocol import (
     ClockReply,
     ClockRequest,
     Credit,
+    DeviceEvent,
     EngineEvent,
     FeaturesEvent,
     Frame,
@@ -227,6 +228,21 @@ def test_frames_keep_the_pace_that_a_client_asks_for(scripted: Start) -> None:
         thread.join()
     assert len(frames) <= took / 0.2 + 2
     assert sum(isinstance(e, StepEvent) for frame in frames for e in frame.events) == 300
+
+
+def test_a_quiet_server_tells_how_much_memory_its_loaded_engine_takes(scripted: Start) -> None:
+    front = scripted()
+    front.wait_for_engine("ready")
+    with telemetry(front) as client:
+        client.subscribe()
+        # Nobody asks for anything: that the engine has loaded is reason enough to look.
+        frames = client.frames_until(lambda events: any(isinstance(e, DeviceEvent) for e in events))
+    sampled = [event for frame in frames for event in frame.events if isinstance(event, DeviceEvent)]
+    with telemetry(front) as client:
+        told = client.subscribe().device
+    assert told is not None
+    assert "engine" in told.process
+    assert told.at_ns >= sampled[-1].at_ns
 
 
 def test_a_client_that_comes_back_knows_everything_from_the_snapshot(scripted: Start) -> None:
