@@ -12,8 +12,9 @@ The kernels of ``engine.cpu.kernels`` read the layout that :func:`pack` writes, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -124,40 +125,16 @@ class Rounded:
         return self.offset if self.scheme.grid == "minimum" else -self.scale * self.offset
 
 
-class Packed(Protocol):
-    """A packed matrix in whatever form."""
-
-    data: Tensor
-    """uint8, one piece."""
-    rows: int
-    columns: int
-    scheme: Scheme
-
-    @property
-    def group(self) -> int:
-        """Weights per group, spelled out."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-
-    def unpack(self, first: int = 0, last: int | None = None) -> Rounded:
-        """The rounded weights of rows ``[first, last)``."""
-
-    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The weights of rows ``[first, last)`` as float32."""
-
-
 @dataclass(slots=True)
-class PackedMatrix:
-    """A packed weight matrix.
+class Packed(ABC):
+    """A packed weight matrix, in the form that somebody's kernels read.
 
     Attributes
     ----------
     data : Tensor
-        uint8 ``[tiles, bytes of a tile]``, contiguous.
+        uint8, one piece.
     rows, columns : int
-        Of the matrix it stands for. Rows beyond ``rows`` in the last tile are zero.
+        Of the matrix it stands for.
     scheme : Scheme
         With a group that divides ``columns``.
     """
@@ -173,16 +150,35 @@ class PackedMatrix:
         return self.scheme.group or self.columns
 
     @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return self.columns // self.group
+
+    @property
     def nbytes(self) -> int:
         """Memory it takes."""
         return self.data.nbytes
+
+    @abstractmethod
+    def unpack(self, first: int = 0, last: int | None = None) -> Rounded:
+        """The rounded weights of rows ``[first, last)``."""
+
+    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The weights of rows ``[first, last)`` as float32."""
+        return self.unpack(first, last).dequantize()
+
+
+class PackedMatrix(Packed):
+    """What a CPU's kernels read: ``data`` is ``[tiles, bytes of a tile]``; the last is filled up with zero rows."""
+
+    __slots__ = ()
 
     def unpack(self, first: int = 0, last: int | None = None) -> Rounded:
         """The rounded weights of rows ``[first, last)``."""
         last = self.rows if last is None else last
         skip = first % TILE
-        scheme, group = self.scheme, self.group
-        bits, groups = scheme.stored_bits, self.columns // group
+        scheme, group, groups = self.scheme, self.group, self.groups
+        bits = scheme.stored_bits
         tiles = self.data[first // TILE : -(-last // TILE)]
         count = tiles.shape[0] * TILE
         body = tiles.view(tiles.shape[0], groups, -1)
@@ -202,10 +198,6 @@ class PackedMatrix:
         values = values.permute(0, 3, 1, 2, 4).reshape(count, self.columns)
         keep = slice(skip, skip + last - first)
         return Rounded(values[keep].contiguous(), scale[keep], None if offset is None else offset[keep], scheme)
-
-    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The weights of rows ``[first, last)`` as float32."""
-        return self.unpack(first, last).dequantize()
 
 
 def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:

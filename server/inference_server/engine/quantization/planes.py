@@ -11,12 +11,17 @@ scale and offset as float16. 8-bit weights are two's complement; on a symmetric 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from inference_server.engine.quantization.packing import CHUNK_WEIGHTS, Rounded, Scheme, round_to_nearest, zero_shift
+from inference_server.engine.quantization.packing import (
+    CHUNK_WEIGHTS,
+    Packed,
+    Rounded,
+    Scheme,
+    round_to_nearest,
+    zero_shift,
+)
 
 UNITS = 32
 """Units of a block."""
@@ -25,34 +30,10 @@ NUMBERS_ALIGNMENT = 128
 """Where the scales begin, in bytes."""
 
 
-@dataclass(slots=True)
-class PlaneMatrix:
-    """A packed weight matrix.
+class PlaneMatrix(Packed):
+    """What a GPU's kernels read: in ``data`` the rows' units, then scales and offsets."""
 
-    Attributes
-    ----------
-    data : Tensor
-        uint8, one piece: the rows' units, then scales and offsets.
-    rows, columns : int
-        Of the matrix it stands for.
-    scheme : Scheme
-        With a group that divides ``columns``.
-    """
-
-    data: Tensor
-    rows: int
-    columns: int
-    scheme: Scheme
-
-    @property
-    def group(self) -> int:
-        """Weights per group, spelled out."""
-        return self.scheme.group or self.columns
-
-    @property
-    def groups(self) -> int:
-        """Groups of a row."""
-        return self.columns // self.group
+    __slots__ = ()
 
     @property
     def planes(self) -> int:
@@ -63,11 +44,6 @@ class PlaneMatrix:
     def blocks(self) -> int:
         """Blocks of a row."""
         return _blocks(self.columns, self.scheme)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it takes."""
-        return self.data.nbytes
 
     @property
     def units(self) -> Tensor:
@@ -118,10 +94,6 @@ class PlaneMatrix:
             return Rounded(values - zero_shift(scheme), numbers.view(torch.float32), None, scheme)
         pair = numbers.contiguous().view(torch.float16).view(last - first, -1, 2).float()
         return Rounded(values, pair[..., 0], pair[..., 1], scheme)
-
-    def dequantize(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The weights of rows ``[first, last)`` as float32."""
-        return self.unpack(first, last).dequantize()
 
 
 def packed_bytes(rows: int, columns: int, scheme: Scheme) -> int:
