@@ -21,6 +21,11 @@ from inference_server.models.errors import ModelError
 from inference_server.protocol import SamplingParams, Submit
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+FULL_ENOUGH = 7 / 8
+"""Texts are begun and answered only when so few of the places are taken: prompts come in few steps then.
+
+A step without prompts is a CUDA graph on a GPU; replacing each text as it ends would leave none of these.
+"""
 
 
 class TeacherText:
@@ -60,18 +65,25 @@ class TeacherText:
         done, number = _count(self._path)
         engine, asked = self._engine, 0
         asking: dict[int, list[int]] = {}
+        asked_of: dict[int, list[int]] = {}
         answering: dict[int, list[int]] = {}
         outputs: dict[int, list[int]] = {}
         with self._path.open("a", encoding="utf-8") as file:
             while done < tokens and not stop():
-                while len(asking) + len(answering) < self._at_once:
-                    asked += 1
-                    random = Random(f"{self._seed} {number + asked}")  # noqa: S311 - nothing is a secret here
-                    opening = random.choice(OPENINGS)
-                    prompt = self._before + self._tokenizer.encode(opening, add_special_tokens=False)
-                    most = LONG_QUESTION_TOKENS if opening in LONG_OPENINGS else QUESTION_TOKENS
-                    asking[2 * asked] = prompt
-                    self._submit(2 * asked, prompt, most, 1.0, random)
+                if len(asking) + len(answering) <= FULL_ENOUGH * self._at_once:
+                    for handle, prompt in asked_of.items():
+                        temperature = TEMPERATURES[handle // 2 % len(TEMPERATURES)]
+                        self._submit(handle, prompt, ANSWER_TOKENS, temperature, Random(handle))  # noqa: S311
+                    answering |= asked_of
+                    asked_of.clear()
+                    while len(asking) + len(answering) < self._at_once:
+                        asked += 1
+                        random = Random(f"{self._seed} {number + asked}")  # noqa: S311 - nothing is a secret here
+                        opening = random.choice(OPENINGS)
+                        prompt = self._before + self._tokenizer.encode(opening, add_special_tokens=False)
+                        most = LONG_QUESTION_TOKENS if opening in LONG_OPENINGS else QUESTION_TOKENS
+                        asking[2 * asked] = prompt
+                        self._submit(2 * asked, prompt, most, 1.0, random)
                 report, _ = engine.step()
                 if report is None:
                     continue
@@ -85,10 +97,7 @@ class TeacherText:
                         continue
                     del outputs[handle]
                     if handle in asking:
-                        prompt = asking.pop(handle) + output + self._between
-                        answering[handle + 1] = prompt
-                        temperature = TEMPERATURES[handle // 2 % len(TEMPERATURES)]
-                        self._submit(handle + 1, prompt, ANSWER_TOKENS, temperature, Random(handle))  # noqa: S311
+                        asked_of[handle + 1] = asking.pop(handle) + output + self._between
                     else:
                         question = answering.pop(handle)
                         answer = [*output, token] if token in self._eos else output

@@ -23,8 +23,8 @@ from inference_server.protocol import EngineConfig
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "BATCH_TOKENS", 300)
-    monkeypatch.setattr(runs, "JUDGE_EVERY", 5)
+    monkeypatch.setitem(runs.BATCH_TOKENS, "cpu", 300)
+    monkeypatch.setitem(runs.JUDGE_EVERY, "cpu", 5)
     monkeypatch.setattr("inference_server.distill.optimizer.WARM_UP", 5)
     monkeypatch.setattr("inference_server.distill.teacher_text.ANSWER_TOKENS", 30)
 
@@ -125,8 +125,7 @@ def test_training_judges_what_serving_will_see() -> None:
         return result
 
     head.logits = recorded  # type: ignore[method-assign]
-    output = model.lm_head.weight[head.proposed]
-    judge(head, model.get_input_embeddings().weight, output, Batch.of([text]), 3)
+    judge(head, model.get_input_embeddings().weight, model.lm_head.weight, Batch.of([text]), 3)
     head.logits = logits  # type: ignore[method-assign]
     for row in range(4, 18):
         # Where the text goes on as proposed; elsewhere training reads the text, serving its own proposals.
