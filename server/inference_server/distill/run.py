@@ -285,6 +285,7 @@ def _write_texts(
         model=options.model,
         device=options.device,
         dtype="bfloat16",
+        max_model_len=teacher_text.LONGEST,
         features={"instrumentation": "off", "max_num_seqs": at_once},
     )
     engine = Engine.load(config, lambda stage, share, _: report(Progress("loading", share or 0.0, stage)))
@@ -293,6 +294,8 @@ def _write_texts(
     written = texts.write(
         options.tokens, lambda done: report(Progress("texts", done / options.tokens, f"{done:,} tokens")), stop
     )
+    if engine.loaded.device.type == "cuda":
+        engine.sleep()  # its memory is for training now
     return engine.loaded.located, written
 
 

@@ -21,6 +21,8 @@ from inference_server.models.errors import ModelError
 from inference_server.protocol import SamplingParams, Submit
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+LONGEST = 1024
+"""Positions of a text that an engine has to have room for, its chat template's included."""
 FULL_ENOUGH = 7 / 8
 """Texts are begun and answered only when so few of the places are taken: prompts come in few steps then.
 
