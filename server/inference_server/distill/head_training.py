@@ -31,6 +31,8 @@ class Text:
     """``[T, 3 * hidden]``: the hidden states that enter the head's feature layers."""
     final: Tensor
     """``[T, hidden]``: after the model's last norm, what its output layer reads."""
+    answer: int = 0
+    """Where what the model says begins."""
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Batch:
     features: Tensor
     final: Tensor
     lengths: Tensor
+    answers: Tensor
+    """``[texts]``, where the answer of each begins: only there is a head asked what comes next."""
 
     @classmethod
     def of(cls, texts: Sequence[Text], device: torch.device | None = None) -> Batch:
@@ -51,6 +55,7 @@ class Batch:
             features=pad([text.features for text in texts], batch_first=True).to(device).float(),
             final=pad([text.final for text in texts], batch_first=True).to(device).float(),
             lengths=torch.tensor([len(text.tokens) for text in texts], device=device),
+            answers=torch.tensor([text.answer for text in texts], device=device),
         )
 
 
@@ -87,7 +92,6 @@ def loss(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: in
     """
     teacher = log_softmax(linear(batch.final, output).float(), -1)
     length = teacher.shape[1]
-    positions = torch.arange(length, device=teacher.device)[None]
     total, weights = torch.zeros((), device=teacher.device), 0.0
     for step, logits in enumerate(_unroll(head, embed, batch, steps)):
         # Row t proposes what comes after token t + 1 + step.
@@ -95,7 +99,7 @@ def loss(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: in
         log_p = teacher[:, shift:]
         log_q = log_softmax(logits[:, : length - shift].float(), -1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        valid = positions[:, : length - shift] < (batch.lengths - shift - 1)[:, None]
+        valid = _asked(batch, shift)[:, : length - shift]
         weight = LATER_STEPS_COUNT**step
         total = total + weight * (divergence * valid).sum() / valid.sum().clamp_min(1)
         weights += weight
@@ -115,9 +119,8 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         How many tokens the head proposes one after another.
     """
     likeliest = linear(batch.final, output).argmax(-1)
-    length = likeliest.shape[1]
     # Judged where every step can be.
-    whole = torch.arange(length, device=likeliest.device)[None] < (batch.lengths - steps - 1)[:, None]
+    whole = _asked(batch, steps)
     alive, counts = whole, []
     for step, logits in enumerate(_unroll(head, embed, batch, steps)):
         right = (head.proposed[logits.argmax(-1)] == likeliest.roll(-1 - step, 1)) & whole
@@ -125,6 +128,13 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
         counts.append(torch.stack([right.sum(), alive.sum()]))
     right, accepted = torch.stack(counts).unbind(1)
     return Judged(right, accepted, whole.sum())
+
+
+def _asked(batch: Batch, ahead: int) -> Tensor:
+    """Positions ``[texts, longest]`` of which a head is asked in answers, so many tokens before the texts' ends."""
+    position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+    # The first token of the answer is the model's own; the head proposes from there on.
+    return (position + 1 >= batch.answers[:, None]) & (position < (batch.lengths - ahead - 1)[:, None])
 
 
 def _unroll(head: EagleHead, embed: Tensor, batch: Batch, steps: int) -> Iterator[Tensor]:

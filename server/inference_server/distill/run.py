@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from inference_server.distill import head_training, hidden_states, student, teacher_text
 from inference_server.distill.head_training import Batch
-from inference_server.distill.hidden_states import Kept, Recomputed, Watched
+from inference_server.distill.hidden_states import Kept, Recomputed, Resident, Watched
 from inference_server.distill.optimizer import Training
+from inference_server.distill.teacher_text import Written
 from inference_server.engine import loader
 from inference_server.engine.core import Engine
 from inference_server.engine.speculation import eagle_head
@@ -133,14 +134,9 @@ def distill(options: Options, report: Callable[[Progress], None], stop: Callable
     texts = teacher_text.read(options.folder / "texts.jsonl", LONGEST_TEXT)
     model = _teacher(located.path, device)
     layers = _feature_layers(model.config.num_hidden_layers)
-    watched: Watched = Recomputed(model, texts, layers)
-    if device.type == "cpu":
-        states = options.folder / "states"
-        if not hidden_states.compute(
-            model, texts, layers, states, lambda share: report(Progress("hidden states", share)), stop
-        ):
-            return outcome({})
-        watched = Kept(texts, states, device)
+    watched = _watch(model, texts, layers, options.folder / "states", report, stop)
+    if watched is None:
+        return outcome({})
     subject: Subject
     if options.kind == "head":
         subject = _Head(options, located, model, layers, texts)
@@ -199,7 +195,7 @@ class _Head:
         located: LocatedModel,
         model: Any,
         layers: tuple[int, int, int],
-        texts: Sequence[Sequence[int]],
+        texts: Sequence[Written],
     ) -> None:
         proposed = _most_frequent(texts, options.draft_vocab, model.config.vocab_size)
         shape = _shape(model, layers, len(proposed))
@@ -215,7 +211,7 @@ class _Head:
         return head_training.loss(self._head, self._embed, self._proposed, batch, unrolled)
 
     def judge(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Tokens a step, greedy, if :data:`JUDGED` are proposed everywhere; how often the first is right."""
+        """Tokens a step, greedy, if :data:`JUDGED` are proposed all over answers; how often the first is right."""
         accepted, right, count = 0.0, 0.0, 0
         for batch in batches:
             found = head_training.judge(self._head, self._embed, self._output, batch, JUDGED)
@@ -299,6 +295,28 @@ def _write_texts(
     return engine.loaded.located, written
 
 
+def _watch(
+    model: Any,
+    texts: Sequence[Written],
+    layers: tuple[int, int, int],
+    folder: Path,
+    report: Callable[[Progress], None],
+    stop: Callable[[], bool],
+) -> Watched | None:
+    """Compute the texts' hidden states, wherever there is room; ``None`` if stopped."""
+    if model.device.type == "cpu":
+        if not hidden_states.compute(
+            model, texts, layers, folder, lambda share: report(Progress("hidden states", share)), stop
+        ):
+            return None
+        return Kept(texts, folder, model.device)
+    source = Recomputed(model, texts, layers)
+    if not Resident.fits(source):
+        return source
+    resident = Resident(source, lambda share: report(Progress("hidden states", share)), stop)
+    return None if stop() else resident
+
+
 def _claim(options: Options) -> None:
     """See that a folder is new, or of a run with the same options."""
     path = options.folder / "options.json"
@@ -349,25 +367,22 @@ def _shape(model: Any, layers: tuple[int, int, int], draft_vocab: int) -> HeadSh
     )
 
 
-def _most_frequent(texts: Sequence[Sequence[int]], count: int, vocab: int) -> Tensor:
-    """The ids of the most frequent tokens, rising; as many as kernels like, a multiple of 16."""
-    frequency = torch.zeros(vocab)
-    for text in texts:
-        frequency.index_add_(0, torch.tensor(text), torch.ones(len(text)))
+def _most_frequent(texts: Sequence[Written], count: int, vocab: int) -> Tensor:
+    """The ids of the most frequent tokens of answers, rising; as many as kernels like, a multiple of 16."""
+    said = torch.tensor([token for text in texts for token in text.tokens[text.answer :]])
+    frequency = torch.bincount(said, minlength=vocab)
     return frequency.topk(min(count, vocab) // 16 * 16).indices.sort().values
 
 
-def _batches(
-    texts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, seed: int, epoch: int
-) -> list[list[int]]:
+def _batches(texts: Sequence[Written], numbers: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
     """Texts of about one length together, ``size`` tokens of them, in another order each epoch."""
     random = Random(f"{seed} {epoch}")  # noqa: S311 - nothing is a secret here
     batches: list[list[int]] = []
     batch: list[int] = []
     tokens = 0
-    for number in sorted(numbers, key=lambda each: len(texts[each]) + random.random() * 20):
+    for number in sorted(numbers, key=lambda each: len(texts[each].tokens) + random.random() * 20):
         batch.append(number)
-        tokens += len(texts[number])
+        tokens += len(texts[number].tokens)
         if tokens >= size:
             batches.append(batch)
             batch, tokens = [], 0
@@ -376,7 +391,7 @@ def _batches(
 
 
 def _epochs(
-    texts: Sequence[Sequence[int]], numbers: Sequence[int], size: int, seed: int, epochs: int, done: int
+    texts: Sequence[Written], numbers: Sequence[int], size: int, seed: int, epochs: int, done: int
 ) -> Iterator[list[int]]:
     """The batches of all epochs but the first ``done`` ones."""
     per_epoch = len(_batches(texts, numbers, size, seed, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -115,12 +116,21 @@ class TeacherText:
         self._engine.submit(Submit(requests=(handle,), prompt=tuple(prompt), sampling=sampling, arrival_ns=0))
 
 
-def read(path: Path, longest: int) -> list[list[int]]:
-    """The texts of a file, each as one list of tokens."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A text of the teacher's."""
+
+    tokens: list[int]
+    answer: int
+    """Where the answer begins: what stands before was begun for the teacher, and drawn from all that it could say."""
+
+
+def read(path: Path, longest: int) -> list[Written]:
+    """The texts of a file, none of them longer than so many tokens."""
     texts = []
     for line in path.read_text(encoding="utf-8").splitlines():
         text = json.loads(line)
-        texts.append((text["question"] + text["answer"])[:longest])
+        texts.append(Written((text["question"] + text["answer"])[:longest], len(text["question"])))
     return texts
 
 
@@ -129,7 +139,7 @@ def _count(path: Path) -> tuple[int, int]:
     if not path.exists():
         return 0, 0
     texts = read(path, 1 << 30)
-    return sum(map(len, texts)), len(texts)
+    return sum(len(text.tokens) for text in texts), len(texts)
 
 
 def _turns(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:
