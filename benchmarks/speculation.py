@@ -60,7 +60,7 @@ def decode(engine: Any, prompts: list[tuple[int, ...]], count: int) -> dict[str,
     """Answer some prompts at once; return the tokens, the time of decoding, and what became of proposals."""
     from inference_server.protocol import SamplingParams, Submit
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=count)
     for handle, prompt in enumerate(prompts):
         engine.submit(Submit(requests=(handle,), prompt=prompt, sampling=sampling, arrival_ns=0))
     outputs: dict[int, list[int]] = {handle: [] for handle in range(len(prompts))}
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--k", nargs="+", type=int, default=[4])
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=160, help="of an answer, at most")
     parser.add_argument("--repeats", type=int, default=2, help="of each prompt, of which the fastest counts")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--adaptive", action="store_true", help="each method once more, adaptive")
