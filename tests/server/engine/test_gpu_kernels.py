@@ -82,10 +82,6 @@ def test_elementwise_kernels_agree_with_float64(dtype: torch.dtype) -> None:
     residual, delta = torch.randn(5, 96, device=DEVICE), torch.randn(5, 96, device=DEVICE).to(dtype)
     gain, out = torch.randn(96, device=DEVICE), torch.full((5, 96), torch.nan, device=DEVICE, dtype=dtype)
     summed = residual.double() + delta.double()
-    picked = torch.full((2, 96), torch.nan, device=DEVICE, dtype=dtype)
-    select = torch.tensor([3, 1], device=DEVICE, dtype=torch.int32)
-    kernels.add_norm(residual, delta, gain, 1e-5, picked, select=select)
-    assert relative(picked, normed(summed[[3, 1]], gain, 1e-5)) < tolerance(dtype)
     kernels.add_norm(residual, delta, gain, 1e-5, out)
     assert relative(residual, summed) < 1e-6
     assert relative(out, normed(summed, gain, 1e-5)) < tolerance(dtype)
@@ -348,12 +344,13 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
     assert relative(got, expected) <= 1e-5
-    # Positions in the middle of prompts, one each: nothing is chosen.
-    middle = [Scheduled(request, 3, 1, Kind.RECOMPUTE, sample=False) for request in (a, b)]
-    plan = StepPlan(len(steps), middle, use_cache=True)
-    assert len(fast.forward(plan, fast.prepare(plan))) == 0
-    assert fast.greedy is not None
-    assert fast.greedy.tolist() == []
+    # Positions in the middle of prompts, one each or several: nothing is chosen.
+    for count in (1, 2):
+        middle = [Scheduled(request, 3, count, Kind.RECOMPUTE, sample=False) for request in (a, b)]
+        plan = StepPlan(len(steps), middle, use_cache=True)
+        assert len(fast.forward(plan, fast.prepare(plan))) == 0
+        assert fast.greedy is not None
+        assert fast.greedy.tolist() == []
     # Proposals to verify, beside single positions: logits of them all, but for a position in the middle of a prompt.
     a.tokens.append(5)
     c.tokens.append(8)

@@ -280,46 +280,33 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
 
 @triton.jit
 def _norm_kernel(
-    residual, delta, gain, out, select, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, SELECT: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    residual, delta, gain, out, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     _wait(PDL)
-    source = row
-    if SELECT:
-        source = tl.load(select + row).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
-    x = tl.load(residual + source * HIDDEN + column, mask=mask, other=0.0)
+    x = tl.load(residual + row * HIDDEN + column, mask=mask, other=0.0)
     for part in tl.static_range(PARTS):
-        x += tl.load(delta + part * apart + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0 and not SELECT:
-        tl.store(residual + source * HIDDEN + column, x, mask=mask)
+        x += tl.load(delta + part * apart + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        tl.store(residual + row * HIDDEN + column, x, mask=mask)
     factor = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     y = x * factor * tl.load(gain + column, mask=mask, other=0.0)
     tl.store(out + row * HIDDEN + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 def add_norm(
-    residual: Tensor,
-    delta: Tensor | None,
-    gain: Tensor,
-    eps: float,
-    out: Tensor,
-    *,
-    select: Tensor | None = None,
-    pdl: bool = False,
+    residual: Tensor, delta: Tensor | None, gain: Tensor, eps: float, out: Tensor, *, pdl: bool = False
 ) -> None:
-    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first.
-
-    With ``select`` only these rows are normalized, and the sum is not kept.
-    """
+    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first."""
     rows, hidden = out.shape
     block = triton.next_power_of_2(hidden)
     parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
     apart = residual.shape[0] * hidden
     start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
+        residual, delta, gain, out, apart, hidden, eps, parts, block, pdl,
         num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 

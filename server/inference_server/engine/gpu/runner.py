@@ -299,9 +299,9 @@ class GpuRunner:
                 self._decode(self._buffers, bucket)
 
     def _compile_many(self, weights: Weights) -> None:
-        """Compile the products of steps with prompts."""
+        """Compile the products of steps with prompts: of all rows, and of the few whose token is chosen."""
         a, most = self.architecture, MOST_ROWS
-        for rows in (most, most + 1):
+        for rows in (16, 32, 64, most, most + 1):
             normed = torch.empty(rows, a.hidden, dtype=a.dtype, device=self.device)
             wide = torch.empty(rows, 2 * a.intermediate, dtype=a.dtype, device=self.device)
             attended = torch.empty(rows, a.heads * a.head_dim, dtype=a.dtype, device=self.device)
@@ -757,18 +757,21 @@ class GpuRunner:
                     block_size=self._block_size,
                     window=layer.window,
                 )
+            if index == len(a.layers) - 1:
+                # Of the last layer the cache has what it needs; beyond, only rows whose token is chosen count.
+                if not count:
+                    return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
+                attended, residual = attended.index_select(0, kept), residual.index_select(0, kept)
+                normed, delta, both, active = (each[:count] for each in (normed, delta, both, active))
             products.many(attended, read.output, delta)
             kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
             products.many(normed, read.gate_up, both)
             kernels.silu_mul(both, active)
             products.many(active, read.down, delta)
             pending = delta
-        if not count:
-            return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
-        last = torch.empty(count, a.hidden, device=device, dtype=dtype)
-        kernels.add_norm(residual, pending, a.final_norm, a.eps, last, select=kept)
+        kernels.add_norm(residual, pending, a.final_norm, a.eps, normed)
         logits = torch.empty(count, a.vocab, device=device, dtype=dtype)
-        products.many(last, weights.head, logits)
+        products.many(normed, weights.head, logits)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
         best = torch.empty(count, parts, device=device)
         index_ = torch.empty(count, parts, device=device, dtype=torch.int32)
