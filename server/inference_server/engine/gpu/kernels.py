@@ -795,6 +795,17 @@ def decode_splits(batch: int, kv_heads: int) -> int:
     return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(256, batch * kv_heads)))))
 
 
+def _decode_tile(rows: int, *, wide: bool) -> tuple[int, int, int]:
+    """Positions of a tile of :func:`attend_decode`, warps and stages, by measurement (docs/gpu-performance.md)."""
+    if wide:
+        return 64, 4, 2
+    if rows < 16:
+        return 64, 4, 3
+    if rows < 128:
+        return 128, 8, 2
+    return 64, 2, 5
+
+
 def attend_decode(
     qkv: Tensor,
     bias: Tensor | None,
@@ -847,10 +858,8 @@ def attend_decode(
     kv, d = keys.shape[1], keys.shape[2]
     rows, h = out.shape[0], out.shape[1] // d
     parts = qkv.shape[0] if qkv.dim() == 3 else 1
-    if block is None:  # by measurement (docs/gpu-performance.md)
-        block = 64 if rows < 16 or keys.dtype == torch.float32 else 128
-    warps = warps or (8 if block == 128 and rows < 128 else 4)
-    stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
+    tile = _decode_tile(rows, wide=keys.dtype == torch.float32)
+    block, warps, stages = block or tile[0], warps or tile[1], stages or tile[2]
     start(_attend_decode_kernel, (kv, rows, splits))(
         qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
         scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
