@@ -29,8 +29,10 @@ def main() -> int:
     given = vars(parser.parse_args())
     # Imported here: it takes seconds, and an interrupt meanwhile ends the run as orderly as any other.
     from inference_server.distill.run import Options, Progress, distill, say  # noqa: PLC0415
+    from inference_server.garbage import keep_what_is_loaded  # noqa: PLC0415
     from inference_server.models.errors import ModelError  # noqa: PLC0415
 
+    keep_what_is_loaded()
     options = Options(**{name: value for name, value in given.items() if value is not None})
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn())

@@ -7,13 +7,13 @@ Kullback-Leibler divergence of its distribution from the model's, both over the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, log_softmax, softmax
+from torch.nn.functional import embedding, linear, log_softmax
 
 from inference_server.engine.speculation.eagle_head import EagleHead, HeadShape
 
@@ -31,6 +31,8 @@ class Text:
     """``[T, 3 * hidden]``: the hidden states that enter the head's feature layers."""
     final: Tensor
     """``[T, hidden]``: after the model's last norm, what its output layer reads."""
+    answer: int = 0
+    """Where what the model says begins."""
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class Batch:
     features: Tensor
     final: Tensor
     lengths: Tensor
+    answers: Tensor
+    """``[texts]``, where the answer of each begins: only there is a head asked what comes next."""
 
     @classmethod
     def of(cls, texts: Sequence[Text], device: torch.device | None = None) -> Batch:
@@ -51,6 +55,7 @@ class Batch:
             features=pad([text.features for text in texts], batch_first=True).to(device).float(),
             final=pad([text.final for text in texts], batch_first=True).to(device).float(),
             lengths=torch.tensor([len(text.tokens) for text in texts], device=device),
+            answers=torch.tensor([text.answer for text in texts], device=device),
         )
 
 
@@ -58,7 +63,6 @@ class Batch:
 class Judged:
     """What a batch says of a head."""
 
-    loss: Tensor
     right: Tensor
     """``[steps]`` how often the head's likeliest token was the model's, in each unrolled step."""
     accepted: Tensor
@@ -72,8 +76,8 @@ class Judged:
         return 1.0 + float(self.accepted.sum() / self.count)
 
 
-def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: int) -> Judged:
-    """Unroll a head over a batch.
+def loss(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: int) -> Tensor:
+    """How far an unrolled head is from its model: nats per token, a mean over the steps.
 
     Parameters
     ----------
@@ -86,41 +90,67 @@ def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: i
     steps : int
         How many tokens the head proposes one after another.
     """
-    size, length = batch.tokens.shape
-    device = batch.tokens.device
-    positions = torch.arange(length, device=device)[None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    teacher = linear(batch.final, output)
-    best_of_all: list[Tensor] = []
+    teacher = log_softmax(linear(batch.final, output).float(), -1)
+    length = teacher.shape[1]
+    total, weights = torch.zeros((), device=teacher.device), 0.0
+    for step, logits in enumerate(_unroll(head, embed, batch, steps)):
+        # Row t proposes what comes after token t + 1 + step.
+        shift = 1 + step
+        log_p = teacher[:, shift:]
+        log_q = log_softmax(logits[:, : length - shift].float(), -1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        valid = _asked(batch, shift)[:, : length - shift]
+        weight = LATER_STEPS_COUNT**step
+        total = total + weight * (divergence * valid).sum() / valid.sum().clamp_min(1)
+        weights += weight
+    return total / weights
+
+
+def judge(head: EagleHead, embed: Tensor, output: Tensor, batch: Batch, steps: int) -> Judged:
+    """Count how often an unrolled head is right.
+
+    Parameters
+    ----------
+    head : EagleHead
+    embed, output : Tensor
+        ``[vocab, hidden]`` the model's embedding and its output layer.
+    batch : Batch
+    steps : int
+        How many tokens the head proposes one after another.
+    """
+    likeliest = linear(batch.final, output).argmax(-1)
+    # Judged where every step can be.
+    whole = _asked(batch, steps)
+    alive, counts = whole, []
+    for step, logits in enumerate(_unroll(head, embed, batch, steps)):
+        right = (head.proposed[logits.argmax(-1)] == likeliest.roll(-1 - step, 1)) & whole
+        alive = alive & right
+        counts.append(torch.stack([right.sum(), alive.sum()]))
+    right, accepted = torch.stack(counts).unbind(1)
+    return Judged(right, accepted, whole.sum())
+
+
+def _asked(batch: Batch, ahead: int) -> Tensor:
+    """Positions ``[texts, longest]`` of which a head is asked in answers, so many tokens before the texts' ends."""
+    position = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+    # The first token of the answer is the model's own; the head proposes from there on.
+    return (position + 1 >= batch.answers[:, None]) & (position < (batch.lengths - ahead - 1)[:, None])
+
+
+def _unroll(head: EagleHead, embed: Tensor, batch: Batch, steps: int) -> Iterator[Tensor]:
+    """What a head says at every position, ``[texts, longest, draft_vocab]``, in each of ``steps``."""
+    length = batch.tokens.shape[1]
+    positions = torch.arange(length, device=batch.tokens.device)[None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=batch.tokens.device).tril()
     hidden = head.fuse(batch.features)
     known: list[tuple[Tensor, Tensor]] = []
-    loss = torch.zeros((), device=device)
-    alive = torch.ones(size, length, dtype=torch.bool, device=device)
-    total = None
     for step in range(steps):
-        # Row t proposes what comes after token t + 1 + step, from its own last state and that token.
-        shift = 1 + step
-        tokens = batch.tokens.roll(-shift, 1)
+        # From the row's own last state, and the token that the step before should have proposed.
+        tokens = batch.tokens.roll(-1 - step, 1)
         q, k, v = head.qkv(embedding(tokens, embed), hidden, positions + step)
         known.append((k, v))
         hidden = head.after_attention(hidden, _attend(q, known, causal))
-        logits = head.logits(hidden).float()
-        target = teacher.roll(-shift, 1)
-        valid = positions < (batch.lengths - shift - 1)[:, None]
-        p = softmax(target, -1)
-        log_q = log_softmax(logits, -1)
-        divergence = (p * (p.clamp_min(1e-9).log() - log_q)).sum(-1)
-        loss = loss + LATER_STEPS_COUNT**step * divergence[valid].mean()
-        right = (logits.argmax(-1) == target.argmax(-1)) & valid
-        alive = alive & right
-        # Judged where every step can be.
-        whole = positions < (batch.lengths - steps - 1)[:, None]
-        total = whole.sum()
-        best_of_all.append(torch.stack([(right & whole).sum(), (alive & whole).sum()]))
-    counts = torch.stack(best_of_all)
-    assert total is not None
-    weights = sum(LATER_STEPS_COUNT**step for step in range(steps))
-    return Judged(loss / weights, counts[:, 0], counts[:, 1], total)
+        yield head.logits(hidden)
 
 
 def _attend(q: Tensor, known: list[tuple[Tensor, Tensor]], causal: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from inference_server.distill import head_training, hidden_states, student, teacher_text
 from inference_server.distill.head_training import Batch
-from inference_server.distill.hidden_states import Texts
+from inference_server.distill.hidden_states import Kept, Recomputed, Resident, Watched
 from inference_server.distill.optimizer import Training
+from inference_server.distill.teacher_text import Written
 from inference_server.engine import loader
 from inference_server.engine.core import Engine
 from inference_server.engine.speculation import eagle_head
@@ -31,15 +32,19 @@ from inference_server.protocol import EngineConfig
 
 LONGEST_TEXT = 448
 HELD_OUT_SHARE = 0.05
-BATCH_TOKENS = 1536
-UNROLLED = ((0.15, 1), (0.55, 2), (1.0, 3))
-"""Until which share of the training how many tokens are proposed one after another; later it may be asked for more."""
+HELD_OUT_MOST = 512
+"""Texts: more would take longer to judge without telling more."""
+BATCH_TOKENS = {"cpu": 1536, "cuda": 16384}
+UNROLLED = ((0.1, 1), (0.3, 2), (0.6, 3), (1.0, 4))
+"""Until which share of the training how many tokens are proposed one after another."""
 TEXTS_AT_ONCE = {"cpu": 48, "cuda": 256}
 """Texts that the teacher writes at a time."""
 JUDGED = 4
 """Tokens proposed where a head is judged."""
-JUDGED_AT_ONCE = 8
-JUDGE_EVERY = 60
+JUDGED_AT_ONCE = {"cpu": 8, "cuda": 64}
+JUDGE_EVERY = {"cpu": 60, "cuda": 200}
+REPORT_EVERY = {"cpu": 1, "cuda": 10}
+"""Steps. To say the loss is to wait for it, and a GPU should have its next step by then."""
 SAVE_SECONDS = 60.0
 
 
@@ -129,10 +134,8 @@ def distill(options: Options, report: Callable[[Progress], None], stop: Callable
     texts = teacher_text.read(options.folder / "texts.jsonl", LONGEST_TEXT)
     model = _teacher(located.path, device)
     layers = _feature_layers(model.config.num_hidden_layers)
-    states = options.folder / "states"
-    if not hidden_states.compute(
-        model, texts, layers, states, lambda share: report(Progress("hidden states", share)), stop
-    ):
+    watched = _watch(model, texts, layers, options.folder / "states", report, stop)
+    if watched is None:
         return outcome({})
     subject: Subject
     if options.kind == "head":
@@ -140,36 +143,39 @@ def distill(options: Options, report: Callable[[Progress], None], stop: Callable
     else:
         subject = _Student(options, located, model)
     del model
-    known = Texts(texts, states)
     order = list(range(len(texts)))
     Random(options.seed).shuffle(order)  # noqa: S311 - nothing is a secret here
-    count = max(round(len(order) * HELD_OUT_SHARE), 1)
+    count = min(max(round(len(order) * HELD_OUT_SHARE), 1), HELD_OUT_MOST)
     held_out, trained_on = order[:count], order[count:]
-    per_epoch = len(_batches(texts, trained_on, options.seed, 0))
+    size = BATCH_TOKENS[device.type]
+    per_epoch = len(_batches(texts, trained_on, size, options.seed, 0))
     training = Training(subject.module, options.rate, options.epochs * per_epoch, options.folder)
     training.resume()
 
     def judge() -> dict[str, float]:
-        places = range(0, len(held_out), JUDGED_AT_ONCE)
-        batches = (Batch.of([known[n] for n in held_out[at : at + JUDGED_AT_ONCE]], device) for at in places)
+        at_once = JUDGED_AT_ONCE[device.type]
+        places = range(0, len(held_out), at_once)
+        batches = (watched.batch(held_out[at : at + at_once]) for at in places)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             return subject.judge(batches)
 
     figures, saved = judge(), time.monotonic()
-    for numbers in _epochs(texts, trained_on, options.seed, options.epochs, training.step):
+    for numbers in _epochs(texts, trained_on, size, options.seed, options.epochs, training.step):
         if stop():
             training.save(**figures)
             return outcome(figures)
         with torch.autocast(device.type, torch.bfloat16):
-            loss = subject.loss(Batch.of([known[n] for n in numbers], device), training.step / training.steps)
+            loss = subject.loss(watched.batch(numbers), training.step / training.steps)
         training.descend(loss)
-        if training.step % JUDGE_EVERY == 0:
+        if training.step % JUDGE_EVERY[device.type] == 0:
             figures = judge()
         if time.monotonic() - saved > SAVE_SECONDS:
             training.save(**figures)
             saved = time.monotonic()
-        detail = f"step {training.step} of {training.steps}, loss {float(loss.detach()):.3f}, held out: {say(figures)}"
-        report(Progress("training", training.step / training.steps, detail))
+        if training.step % REPORT_EVERY[device.type] == 0:
+            said = f"loss {float(loss.detach()):.3f}, held out: {say(figures)}"
+            detail = f"step {training.step} of {training.steps}, {said}"
+            report(Progress("training", training.step / training.steps, detail))
     figures = judge()
     training.save(**figures)
     return outcome(figures, subject.export(options.folder))
@@ -189,22 +195,23 @@ class _Head:
         located: LocatedModel,
         model: Any,
         layers: tuple[int, int, int],
-        texts: Sequence[Sequence[int]],
+        texts: Sequence[Written],
     ) -> None:
         proposed = _most_frequent(texts, options.draft_vocab, model.config.vocab_size)
         shape = _shape(model, layers, len(proposed))
         self._head = head_training.start(shape, proposed, model, options.seed).to(model.device)
         self.module: nn.Module = self._head
         self._embed = model.get_input_embeddings().weight.detach().float()
-        self._output = model.get_output_embeddings().weight.detach()[proposed.to(model.device)].float()
+        self._output = model.get_output_embeddings().weight.detach().float()
+        self._proposed = self._output[proposed.to(model.device)]
         self._name, self._architecture = located.name, type(model).__name__
 
     def loss(self, batch: Batch, share: float) -> Tensor:
         unrolled = next(count for until, count in UNROLLED if share < until)
-        return head_training.judge(self._head, self._embed, self._output, batch, unrolled).loss
+        return head_training.loss(self._head, self._embed, self._proposed, batch, unrolled)
 
     def judge(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Tokens a step, greedy, if :data:`JUDGED` are proposed everywhere; how often the first is right."""
+        """Tokens a step, greedy, if :data:`JUDGED` are proposed all over answers; how often the first is right."""
         accepted, right, count = 0.0, 0.0, 0
         for batch in batches:
             found = head_training.judge(self._head, self._embed, self._output, batch, JUDGED)
@@ -274,6 +281,7 @@ def _write_texts(
         model=options.model,
         device=options.device,
         dtype="bfloat16",
+        max_model_len=teacher_text.LONGEST,
         features={"instrumentation": "off", "max_num_seqs": at_once},
     )
     engine = Engine.load(config, lambda stage, share, _: report(Progress("loading", share or 0.0, stage)))
@@ -282,7 +290,31 @@ def _write_texts(
     written = texts.write(
         options.tokens, lambda done: report(Progress("texts", done / options.tokens, f"{done:,} tokens")), stop
     )
+    if engine.loaded.device.type == "cuda":
+        engine.sleep()  # its memory is for training now
     return engine.loaded.located, written
+
+
+def _watch(
+    model: Any,
+    texts: Sequence[Written],
+    layers: tuple[int, int, int],
+    folder: Path,
+    report: Callable[[Progress], None],
+    stop: Callable[[], bool],
+) -> Watched | None:
+    """Compute the texts' hidden states, wherever there is room; ``None`` if stopped."""
+    if model.device.type == "cpu":
+        if not hidden_states.compute(
+            model, texts, layers, folder, lambda share: report(Progress("hidden states", share)), stop
+        ):
+            return None
+        return Kept(texts, folder, model.device)
+    source = Recomputed(model, texts, layers)
+    if not Resident.fits(source):
+        return source
+    resident = Resident(source, lambda share: report(Progress("hidden states", share)), stop)
+    return None if stop() else resident
 
 
 def _claim(options: Options) -> None:
@@ -335,35 +367,36 @@ def _shape(model: Any, layers: tuple[int, int, int], draft_vocab: int) -> HeadSh
     )
 
 
-def _most_frequent(texts: Sequence[Sequence[int]], count: int, vocab: int) -> Tensor:
-    """The ids of the most frequent tokens, rising; as many as kernels like, a multiple of 16."""
-    frequency = torch.zeros(vocab)
-    for text in texts:
-        frequency.index_add_(0, torch.tensor(text), torch.ones(len(text)))
+def _most_frequent(texts: Sequence[Written], count: int, vocab: int) -> Tensor:
+    """The ids of the most frequent tokens of answers, rising; as many as kernels like, a multiple of 16."""
+    said = torch.tensor([token for text in texts for token in text.tokens[text.answer :]])
+    frequency = torch.bincount(said, minlength=vocab)
     return frequency.topk(min(count, vocab) // 16 * 16).indices.sort().values
 
 
-def _batches(texts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int, epoch: int) -> list[list[int]]:
-    """Texts of about one length together, in another order each epoch."""
+def _batches(texts: Sequence[Written], numbers: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Texts of about one length together, ``size`` tokens of them, in another order each epoch."""
     random = Random(f"{seed} {epoch}")  # noqa: S311 - nothing is a secret here
     batches: list[list[int]] = []
     batch: list[int] = []
-    for number in sorted(numbers, key=lambda each: len(texts[each]) + random.random() * 20):
+    tokens = 0
+    for number in sorted(numbers, key=lambda each: len(texts[each].tokens) + random.random() * 20):
         batch.append(number)
-        if sum(len(texts[each]) for each in batch) >= BATCH_TOKENS:
+        tokens += len(texts[number].tokens)
+        if tokens >= size:
             batches.append(batch)
-            batch = []
+            batch, tokens = [], 0
     random.shuffle(batches)
     return batches
 
 
 def _epochs(
-    texts: Sequence[Sequence[int]], numbers: Sequence[int], seed: int, epochs: int, done: int
+    texts: Sequence[Written], numbers: Sequence[int], size: int, seed: int, epochs: int, done: int
 ) -> Iterator[list[int]]:
     """The batches of all epochs but the first ``done`` ones."""
-    per_epoch = len(_batches(texts, numbers, seed, 0))
+    per_epoch = len(_batches(texts, numbers, size, seed, 0))
     for epoch in range(epochs):
         # Sorting differs a little between epochs, and so may the number of batches: the first epoch's counts.
-        for place, batch in enumerate(_batches(texts, numbers, seed, epoch)[:per_epoch]):
+        for place, batch in enumerate(_batches(texts, numbers, size, seed, epoch)[:per_epoch]):
             if epoch * per_epoch + place >= done:
                 yield batch

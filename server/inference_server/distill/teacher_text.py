@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +22,13 @@ from inference_server.models.errors import ModelError
 from inference_server.protocol import SamplingParams, Submit
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+LONGEST = 1024
+"""Positions of a text that an engine has to have room for, its chat template's included."""
+FULL_ENOUGH = 7 / 8
+"""Texts are begun and answered only when so few of the places are taken: prompts come in few steps then.
+
+A step without prompts is a CUDA graph on a GPU; replacing each text as it ends would leave none of these.
+"""
 
 
 class TeacherText:
@@ -60,18 +68,25 @@ class TeacherText:
         done, number = _count(self._path)
         engine, asked = self._engine, 0
         asking: dict[int, list[int]] = {}
+        asked_of: dict[int, list[int]] = {}
         answering: dict[int, list[int]] = {}
         outputs: dict[int, list[int]] = {}
         with self._path.open("a", encoding="utf-8") as file:
             while done < tokens and not stop():
-                while len(asking) + len(answering) < self._at_once:
-                    asked += 1
-                    random = Random(f"{self._seed} {number + asked}")  # noqa: S311 - nothing is a secret here
-                    opening = random.choice(OPENINGS)
-                    prompt = self._before + self._tokenizer.encode(opening, add_special_tokens=False)
-                    most = LONG_QUESTION_TOKENS if opening in LONG_OPENINGS else QUESTION_TOKENS
-                    asking[2 * asked] = prompt
-                    self._submit(2 * asked, prompt, most, 1.0, random)
+                if len(asking) + len(answering) <= FULL_ENOUGH * self._at_once:
+                    for handle, prompt in asked_of.items():
+                        temperature = TEMPERATURES[handle // 2 % len(TEMPERATURES)]
+                        self._submit(handle, prompt, ANSWER_TOKENS, temperature, Random(handle))  # noqa: S311
+                    answering |= asked_of
+                    asked_of.clear()
+                    while len(asking) + len(answering) < self._at_once:
+                        asked += 1
+                        random = Random(f"{self._seed} {number + asked}")  # noqa: S311 - nothing is a secret here
+                        opening = random.choice(OPENINGS)
+                        prompt = self._before + self._tokenizer.encode(opening, add_special_tokens=False)
+                        most = LONG_QUESTION_TOKENS if opening in LONG_OPENINGS else QUESTION_TOKENS
+                        asking[2 * asked] = prompt
+                        self._submit(2 * asked, prompt, most, 1.0, random)
                 report, _ = engine.step()
                 if report is None:
                     continue
@@ -85,10 +100,7 @@ class TeacherText:
                         continue
                     del outputs[handle]
                     if handle in asking:
-                        prompt = asking.pop(handle) + output + self._between
-                        answering[handle + 1] = prompt
-                        temperature = TEMPERATURES[handle // 2 % len(TEMPERATURES)]
-                        self._submit(handle + 1, prompt, ANSWER_TOKENS, temperature, Random(handle))  # noqa: S311
+                        asked_of[handle + 1] = asking.pop(handle) + output + self._between
                     else:
                         question = answering.pop(handle)
                         answer = [*output, token] if token in self._eos else output
@@ -104,12 +116,21 @@ class TeacherText:
         self._engine.submit(Submit(requests=(handle,), prompt=tuple(prompt), sampling=sampling, arrival_ns=0))
 
 
-def read(path: Path, longest: int) -> list[list[int]]:
-    """The texts of a file, each as one list of tokens."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A text of the teacher's."""
+
+    tokens: list[int]
+    answer: int
+    """Where the answer begins: what stands before was begun for the teacher, and drawn from all that it could say."""
+
+
+def read(path: Path, longest: int) -> list[Written]:
+    """The texts of a file, none of them longer than so many tokens."""
     texts = []
     for line in path.read_text(encoding="utf-8").splitlines():
         text = json.loads(line)
-        texts.append((text["question"] + text["answer"])[:longest])
+        texts.append(Written((text["question"] + text["answer"])[:longest], len(text["question"])))
     return texts
 
 
@@ -118,7 +139,7 @@ def _count(path: Path) -> tuple[int, int]:
     if not path.exists():
         return 0, 0
     texts = read(path, 1 << 30)
-    return sum(map(len, texts)), len(texts)
+    return sum(len(text.tokens) for text in texts), len(texts)
 
 
 def _turns(tokenizer: Any, name: str) -> tuple[list[int], list[int]]:

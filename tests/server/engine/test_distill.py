@@ -11,10 +11,14 @@ import torch
 from serving import GREEDY, run, submit
 from test_eagle import dense
 from test_speculation import head_for
+from transformers import AutoModelForCausalLM
 
+from inference_server.distill import hidden_states
 from inference_server.distill import run as runs
 from inference_server.distill.head_training import Batch, Text, judge, start
+from inference_server.distill.hidden_states import Kept, Recomputed, Resident
 from inference_server.distill.run import Options, Outcome, Progress
+from inference_server.distill.teacher_text import Written
 from inference_server.engine.core import Engine
 from inference_server.engine.speculation import eagle_head
 from inference_server.models.errors import ModelError
@@ -23,8 +27,8 @@ from inference_server.protocol import EngineConfig
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "BATCH_TOKENS", 300)
-    monkeypatch.setattr(runs, "JUDGE_EVERY", 5)
+    monkeypatch.setitem(runs.BATCH_TOKENS, "cpu", 300)
+    monkeypatch.setitem(runs.JUDGE_EVERY, "cpu", 5)
     monkeypatch.setattr("inference_server.distill.optimizer.WARM_UP", 5)
     monkeypatch.setattr("inference_server.distill.teacher_text.ANSWER_TOKENS", 30)
 
@@ -104,6 +108,29 @@ def test_a_student_comes_nearer_to_its_teacher_and_is_a_model_of_its_own(tiny_mo
 
 
 @torch.no_grad()
+def test_hidden_states_are_the_same_wherever_they_are_kept(tiny_model: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    texts = [Written([5 + place] * (3 + 7 * place % 11) + [9, 7], 2 + place % 2) for place in range(20)]
+    layers = (0, 1, 1)
+    told: list[float] = []
+    assert hidden_states.compute(model, texts, layers, tmp_path, told.append, lambda: False)
+    recomputed = Recomputed(model, texts, layers)
+    sources = [Kept(texts, tmp_path, model.device), Resident(recomputed, told.append, lambda: False), recomputed]
+    assert told.count(1.0) == 2
+    numbers = [7, 0, 19, 3]
+    kept, *others = (source.batch(numbers) for source in sources)
+    inside = torch.arange(kept.tokens.shape[1])[None] < kept.lengths[:, None]
+    assert kept.answers.tolist() == [texts[number].answer for number in numbers]
+    for other in others:
+        assert torch.equal(other.lengths, kept.lengths)
+        assert torch.equal(other.answers, kept.answers)
+        assert torch.equal(other.tokens[inside], kept.tokens[inside])
+        # Texts that were computed together differ, and so does the order in which a product is summed.
+        assert torch.allclose(other.features[inside], kept.features[inside], atol=2e-2, rtol=2e-2)
+        assert torch.allclose(other.final[inside], kept.final[inside], atol=5e-2, rtol=5e-2)
+
+
+@torch.no_grad()
 def test_training_judges_what_serving_will_see() -> None:
     """The unrolled head of training proposes, row by row, what the head proposes one token after another."""
     from architectures import build
@@ -125,8 +152,7 @@ def test_training_judges_what_serving_will_see() -> None:
         return result
 
     head.logits = recorded  # type: ignore[method-assign]
-    output = model.lm_head.weight[head.proposed]
-    judge(head, model.get_input_embeddings().weight, output, Batch.of([text]), 3)
+    judge(head, model.get_input_embeddings().weight, model.lm_head.weight, Batch.of([text]), 3)
     head.logits = logits  # type: ignore[method-assign]
     for row in range(4, 18):
         # Where the text goes on as proposed; elsewhere training reads the text, serving its own proposals.

@@ -20,7 +20,7 @@ from architectures import build
 from inference_server.engine.attention import NAME, PagedKVTensors
 from inference_server.engine.gpu import kernels, path, runner
 from inference_server.engine.gpu.runner import GpuRunner
-from inference_server.engine.llama import fuse
+from inference_server.engine.llama import UnsupportedError, fuse
 from inference_server.engine.request import Request
 from inference_server.engine.runner import ModelRunner
 from inference_server.engine.scheduler import Scheduled, StepPlan
@@ -429,7 +429,8 @@ def test_the_fast_paths_check_finds_a_single_wrong_matrix_in_a_deep_model(monkey
     tensors.reserve([(2, 16, 16)] * 3)
     architecture = fuse(model, torch.float32, 64)
     every = list(model.model.layers)
-    assert path._difference(model, architecture, tensors, 2) < 1e-5
+    path.check(model, architecture, tensors, 2)
     assert list(model.model.layers) == every
     architecture.layers[2].down = architecture.layers[2].down * 1.02
-    assert path._difference(model, architecture, tensors, 2) > 1e-4
+    with pytest.raises(UnsupportedError, match="layers 2 to 2"):
+        path.check(model, architecture, tensors, 2)
