@@ -8,18 +8,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import build
-from fast_operations import run_operation
-from serving import DEVICE, GREEDY, engine_for, run, submit
-
-pytest.importorskip("numba")
+from serving import GREEDY, engine_for, run, submit, switch
 
 from inference_server.engine.attention import PagedKVTensors
 from inference_server.engine.core import Engine, RequestError
-from inference_server.engine.cpu import kernels
 from inference_server.engine.kv_cache import Copy, SwapIn, SwapOut
 from inference_server.features import FeatureError
-
-pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="8-bit keys and values are for the CPU so far")
 
 INT8 = {"kv_cache_dtype": "int8"}
 SHAPES = [(2, 32, 32)]
@@ -28,7 +22,7 @@ SHAPES = [(2, 32, 32)]
 def tensors_of(dtype: torch.dtype, blocks: int, block: int = 16) -> PagedKVTensors:
     tensors = PagedKVTensors(blocks, block, torch.device("cpu"), dtype)
     tensors.reserve(SHAPES)
-    tensors.store_as(int8=True)
+    tensors.store_as("int8")
     return tensors
 
 
@@ -47,7 +41,7 @@ def test_the_same_memory_holds_more_positions_with_a_rounding_error_of_half_a_st
     for stored, original in zip(tensors.read(0, everywhere, torch.float32), (keys, values), strict=True):
         step = original.abs().amax(-1, keepdim=True) / 127
         assert ((stored - original).abs() <= 0.51 * step).all(), "every slot is apart from every other and from scales"
-    tensors.store_as(int8=False)
+    tensors.store_as("master")
     assert tensors.keys[0].dtype == dtype
     assert sum(each.nbytes for each in tensors.whole) == memory
 
@@ -69,6 +63,11 @@ def test_copies_and_swaps_take_the_scales_along() -> None:
 @pytest.mark.parametrize("window", [0, 300])
 def test_attention_over_8_bit_blocks_agrees_with_float64_of_what_is_stored(dtype: torch.dtype, window: int) -> None:
     """Contexts from one position to several splits; 3 query heads per KV head; blocks in any order."""
+    pytest.importorskip("numba")
+    from fast_operations import run_operation
+
+    from inference_server.engine.cpu import kernels
+
     torch.manual_seed(0)
     heads, kv, dim, block = 6, 2, 32, 16
     lengths = [1, 15, 16, 256, 257, 777]
@@ -144,8 +143,9 @@ def test_how_a_prompt_is_cut_into_steps_does_not_change_the_answer() -> None:
 def test_switching_while_requests_run_loses_none_and_ends_where_it_began() -> None:
     engine = engine_for(build("llama"), kv_bytes=1 << 17)
     before = answers_of(engine)
+    switch(engine, INT8)  # what has to be compiled for it is, and each switch from now on comes at once
     memory = sum(each.nbytes for each in engine.runner.tensors.whole)
-    switches = {step: {"kv_cache_dtype": ("int8", "master")[step // 2 % 2]} for step in range(2, 40, 2)}
+    switches = {step: {"kv_cache_dtype": ("master", "int8")[step // 2 % 2]} for step in range(2, 40, 2)}
     assert [len(tokens) for tokens in answers_of(engine, 10, switches=switches).values()] == [12] * 5
     engine.set_features(0, {"kv_cache_dtype": "master"})
     assert answers_of(engine, 20) == before
@@ -162,7 +162,7 @@ def test_a_longer_text_fits_and_the_switch_back_is_refused_while_it_runs() -> No
     long = [5] * (limit + 50)
     with pytest.raises(RequestError, match="shorten"):
         submit(engine, 0, long, max_tokens=2, **GREEDY)
-    (applied, *_) = engine.set_features(0, INT8)
+    applied = switch(engine, INT8)
     assert applied.max_model_len == engine.max_model_len > 3 * limit
     bytes_before, work = engine.loaded.kv_bytes_per_token, applied.work
     assert bytes_before / work.kv_bytes_per_token == pytest.approx(4 * 16 / (16 + 4))

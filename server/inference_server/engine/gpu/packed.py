@@ -469,20 +469,10 @@ def groups_of_block(matrix: PlaneMatrix) -> int:
 # -- few rows ----------------------------------------------------------------------------------------------------------
 
 
-def _take(shift: int, body: str) -> tl.constexpr:
-    """Inline assembly that shifts two units right by ``shift`` into t, and goes on."""
-    begin = f"shr.b32 t, $1, {shift};" if shift else "mov.b32 t, $1;"
-    return tl.constexpr("{ .reg .b32 t, a, b; " + begin + " " + body + " }")
-
-
 _NIBBLE = "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 a, 0x43084308; sub.rn.bf16x2 $0, t, a;"
 """128 + q has its q in the last bits of a bfloat16; minus 136 it is q - 8, exactly."""
-_BYTE = (
-    "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, a, b;"
-)
-"""128 + the lower seven bits, minus 128 or 256 by the sign bit: two's complement, exactly."""
-NIBBLE0, NIBBLE1, NIBBLE2, NIBBLE3 = (_take(shift, _NIBBLE) for shift in (0, 4, 8, 12))
-BYTE0, BYTE1 = (_take(shift, _BYTE) for shift in (0, 8))
+NIBBLE0, NIBBLE1, NIBBLE2, NIBBLE3 = (kernels.field_of_two(shift, _NIBBLE) for shift in (0, 4, 8, 12))
+BYTE0, BYTE1 = kernels.INTEGER0, kernels.INTEGER1
 
 
 @triton.jit
