@@ -106,12 +106,13 @@ SPECS: tuple[FeatureSpec, ...] = (
         title="KV precision",
         group="Memory",
         kind="choice",
-        choices=("master", "int8"),
+        choices=("master", "int8", "fp8"),
         default="master",
         cost="recompute",
         description=(
             "How keys and values are stored. master: in the type that the model computes in. int8: in 8 bits with a "
-            "scale for each position and head, so that the same memory holds a longer context or more requests."
+            "scale for each position and head, so that the same memory holds a longer context or more requests. fp8: "
+            "the same with 8-bit floating point (e4m3), on a GPU that has it."
         ),
     ),
     FeatureSpec(

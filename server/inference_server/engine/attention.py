@@ -36,7 +36,7 @@ class In8Bits(NamedTuple):
     """What the largest of a head becomes."""
 
 
-IN_8_BITS = {"int8": In8Bits(torch.int8, 127.0)}
+IN_8_BITS = {"int8": In8Bits(torch.int8, 127.0), "fp8": In8Bits(torch.float8_e4m3fn, 448.0)}
 """By value of the feature ``kv_cache_dtype``."""
 
 
@@ -389,6 +389,18 @@ def slots_of(blocks: list[int], length: int, block_size: int) -> NDArray[np.int6
     """Cache slots of positions ``[0, length)`` for a block table, ``[length]``."""
     table = np.asarray(blocks[: -(-length // block_size)], dtype=np.int64)
     return (table[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
+
+
+def no_fp8(device: torch.device) -> str | None:
+    """Why keys and values cannot be stored in 8-bit floating point on a device; ``None`` where they can."""
+    needs = "8-bit floating point needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper or newer)"
+    instead = "int8 takes the same memory and runs here."
+    if device.type != "cuda":
+        return f"{needs}, and this model is on the {device.type.upper()}. {instead}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{needs}, and this one has {major}.{minor}. {instead}"
+    return None
 
 
 AttentionInterface.register(NAME, paged_attention)

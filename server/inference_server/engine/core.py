@@ -17,7 +17,7 @@ from torch import Tensor
 
 from inference_server import features as feature_rules
 from inference_server.engine import compiled, loader, rejection, sampler
-from inference_server.engine.attention import PagedKVTensors, slots_in_8_bits
+from inference_server.engine.attention import PagedKVTensors, no_fp8, slots_in_8_bits
 from inference_server.engine.block_pool import ROOT_HASH
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
@@ -271,7 +271,10 @@ class Engine:
         )
         self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
-        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
+        no_choices = {"speculation": self._proposers.unavailable, "kv_cache_dtype": {}}
+        if (refusal := no_fp8(loaded.device)) is not None:
+            no_choices["kv_cache_dtype"]["fp8"] = refusal
+        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, no_choices)
         self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = self._first_features(defaults)
@@ -1210,14 +1213,13 @@ def _specs_here(
     config: EngineConfig,
     num_layers: int,
     unavailable: dict[str, str],
-    no_proposers: dict[str, str],
+    no_choices: dict[str, dict[str, str]],
 ) -> tuple[FeatureSpec, ...]:
     """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
     specs = []
     for spec in SPECS:
         limits = {"max_num_seqs": config.max_num_seqs, "early_exit_layers": max(num_layers - 1, 1)}
         maximum = limits.get(spec.name, spec.maximum)
-        choices = no_proposers if spec.name == "speculation" else {}
         specs.append(
             msgspec.structs.replace(
                 spec,
@@ -1225,7 +1227,7 @@ def _specs_here(
                 maximum=maximum,
                 available=spec.name not in unavailable,
                 unavailable_reason=unavailable.get(spec.name),
-                unavailable_choices=choices,
+                unavailable_choices=no_choices.get(spec.name, {}),
             )
         )
     return tuple(specs)

@@ -409,10 +409,18 @@ def field_of_two(shift: int, body: str) -> tl.constexpr:
 
 
 _INTEGER = (
-    "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, a, b;"
+    "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; "
+    "mov.b32 t, 0xbf80bf80; fma.rn.bf16x2 $0, b, t, a;"
 )
 """128 + the lower seven bits, minus 128 or 256 by the sign bit: two's complement, exactly."""
 INTEGER0, INTEGER1 = (field_of_two(shift, _INTEGER) for shift in (0, 8))
+_FLOAT = (
+    "and.b32 a, a, 0x07f007f0; lop3.b32 a, a, b, 0x80008000, 0xf8; "
+    "mov.b32 b, 0x7b807b80; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, a, b, t;"
+)
+"""Exponent and fraction where a bfloat16 has its own, and the sign, times 2 ** 120: exact, also where it is denormal."""
+FLOAT0 = field_of_two(0, "shl.b32 a, t, 4; shl.b32 b, t, 8; " + _FLOAT)
+FLOAT1 = field_of_two(0, "shr.b32 a, t, 4; mov.b32 b, t; " + _FLOAT)
 
 
 @triton.jit
@@ -427,13 +435,19 @@ def _units(cache, place, inside, D: tl.constexpr):
 
 
 @triton.jit
-def _bytes(unit, ODD: tl.constexpr, like):
+def _bytes(unit, cache, ODD: tl.constexpr, like):
     """The first or the second of each unit's two numbers, exactly, in the type of ``like``."""
+    integers: tl.constexpr = cache.dtype.element_ty == tl.int8
     if like.dtype == tl.bfloat16:
-        assembly: tl.constexpr = INTEGER1 if ODD else INTEGER0
+        integer: tl.constexpr = INTEGER1 if ODD else INTEGER0
+        number: tl.constexpr = FLOAT1 if ODD else FLOAT0
+        assembly: tl.constexpr = integer if integers else number
         value = tl.inline_asm_elementwise(assembly, "=r,r", [unit], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        value = (unit >> (8 * ODD)).to(tl.int8).to(like.dtype)
+        value = (unit >> (8 * ODD)).to(tl.int8)
+        if not integers:
+            value = value.to(cache.dtype.element_ty, bitcast=True)
+        value = value.to(like.dtype)
     return value
 
 
@@ -573,8 +587,8 @@ def _attend_decode_kernel(
                 place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
                 if SCALED:
                     k = _units(keys, place, inside, D)
-                    scores = tl.dot(q_even, tl.trans(_bytes(k, 0, q)), input_precision=precision)
-                    scores = tl.dot(q_odd, tl.trans(_bytes(k, 1, q)), scores, input_precision=precision)
+                    scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
+                    scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
                     scores *= tl.load(key_scales + place // D, mask=inside, other=0.0)[None, :]
                 else:
                     k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -592,8 +606,8 @@ def _attend_decode_kernel(
                     shares = shares * tl.load(value_scales + place // D, mask=inside, other=0.0)[None, :]
                     shares = shares.to(q.dtype)
                     v = _units(values, place, inside, D)
-                    total = tl.dot(shares, _bytes(v, 0, q), total, input_precision=precision)
-                    odd = tl.dot(shares, _bytes(v, 1, q), odd, input_precision=precision)
+                    total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
+                    odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
                 else:
                     v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
                     if WIDE:
@@ -681,8 +695,8 @@ def _attend_tiles(
         where = slot * (KV * D) + head * D
         if SCALED:
             k = _units(keys, where, inside, D)
-            scores = tl.dot(q_even, tl.trans(_bytes(k, 0, q)), input_precision=precision)
-            scores = tl.dot(q_odd, tl.trans(_bytes(k, 1, q)), scores, input_precision=precision)
+            scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
+            scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
             scores *= tl.load(key_scales + where // D, mask=inside, other=0.0)[None, :] * (scale * LOG2E)
         else:
             k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -705,8 +719,8 @@ def _attend_tiles(
             shares = shares * tl.load(value_scales + where // D, mask=inside, other=0.0)[None, :]
             shares = shares.to(q.dtype)
             v = _units(values, where, inside, D)
-            total = tl.dot(shares, _bytes(v, 0, q), total, input_precision=precision)
-            odd = tl.dot(shares, _bytes(v, 1, q), odd, input_precision=precision)
+            total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
+            odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
         else:
             v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
             if WIDE:
@@ -993,6 +1007,8 @@ def attend_decode(
     wide = out.dtype == torch.float32
     if block is None:  # by measurement (docs/gpu-performance.md)
         block = 64 if rows < 16 or wide else 128
+    if scales is not None:  # not more threads than positions, or each thread fetches every scale that it needs itself
+        warps = warps or block // 32
     warps = warps or (8 if block == 128 and rows < 128 else 4)
     stages = stages or (2 if block == 128 or wide else 3)
     start(_attend_decode_kernel, (kv, rows, splits))(
@@ -1064,13 +1080,14 @@ def attend_verify(
     parts = qkv.shape[0] if qkv.dim() == 3 else 1
     tile = verify_rows(depth, h // kv)
     if warps is None:  # by measurement (docs/gpu-performance.md)
-        warps = 8 if tile > 64 or segments.shape[0] < 8 else 4
+        warps = 8 if tile > 64 or (segments.shape[0] < 8 and scales is None) else 4
+    block = block or (128 if scales is not None and warps == 4 and out.dtype != torch.float32 else 64)
     wide = out.dtype == torch.float32
     start(_attend_verify_kernel, (kv, segments.shape[0], splits))(
         qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, *(scales or (None, None)),
         out, partial, state, counters, scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1], splits,
         h, kv, d, h // kv, depth, tile, max(16, depth), window,
-        bias is not None, q_gain is not None, rotate, scales is not None, parts, block or 64, wide, INTERPRETED,
+        bias is not None, q_gain is not None, rotate, scales is not None, parts, block, wide, INTERPRETED,
         stages or (2 if wide else 3), pdl,
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
