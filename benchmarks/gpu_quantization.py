@@ -267,13 +267,13 @@ ANSWER = 257
 class Served:
     """An engine and what it has answered."""
 
-    def __init__(self, shape: str) -> None:
+    def __init__(self, shape: str, kv_bytes: int = 16 << 30) -> None:
         model = build(shape, attention.NAME)
         device = torch.device("cuda", 0)
         loaded = loader.inspect(model, LocatedModel(shape, "random", Path()), device, torch.bfloat16, lambda *_: None)
         features: dict[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
         config = EngineConfig(
-            max_num_seqs=256, max_model_len=2048, kv_bytes=16 << 30, packed_bytes=20 << 30, features=features
+            max_num_seqs=256, max_model_len=2048, kv_bytes=kv_bytes, packed_bytes=20 << 30, features=features
         )
         self.engine = Engine(config, loaded)
         self.outputs: dict[int, list[int]] = {}
