@@ -213,8 +213,30 @@ def product(
     print(f"{scheme_name} {name} m={m} floor {1e6 * floor:.1f}: {told}", flush=True)
 
 
+def rounded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in 8-bit floating point, and their scales ``[rows, 1]``."""
+    scale = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-12)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def scaled_products(weights: list[torch.Tensor], x: torch.Tensor, expected: torch.Tensor) -> str:
+    """torch's product of rows and weights in 8-bit floating point, a scale for each row and output: time and error.
+
+    Rounding the rows is not in it: the norm or the product before would do it.
+    """
+    narrow = [rounded_rows(w) for w in weights]
+    rows, scales = rounded_rows(x)
+
+    def multiply() -> list[torch.Tensor]:
+        return [torch._scaled_mm(rows, w.t(), scales, s.t(), out_dtype=torch.bfloat16) for w, s in narrow]
+
+    seconds = timed(multiply, 5) / len(weights)
+    error = float((multiply()[0].double() - expected).norm() / expected.norm())
+    return f"fp8 {1e6 * seconds:.1f} (off by {error:.3f})"
+
+
 def baselines(options: argparse.Namespace) -> None:
-    """The same products with master weights, and expanding to them, in the same run."""
+    """The same products with master weights, in 8-bit floating point by torch, and expanding, in the same run."""
     for name, (n, k, gated) in matrices("llama8b").items():
         height = n * (2 if gated else 1)
         weights = [
@@ -242,6 +264,8 @@ def baselines(options: argparse.Namespace) -> None:
             told.append(f"m={m} cublas {1e6 * timed(cublas, 5) / len(weights):.1f}")
             if tile is not None:
                 told.append(f"own {1e6 * timed(own, 5) / len(weights):.1f}")
+            if options.fp8 and m >= 16:
+                told.append(scaled_products(weights, x, x.double() @ weights[0].double().T))
         if name in {"gate_up", "down"}:
             for scheme_name in ("int8", "int4 g128 symmetric", "int4 g32 minimum"):
                 chain = chain_of(height, k, SCHEMES[scheme_name])
@@ -472,6 +496,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--baselines", action="store_true", help="products with master weights, and expanding to them")
+    parser.add_argument("--fp8", action="store_true", help="with --baselines: products in 8-bit floating point as well")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--matrix", nargs="+")

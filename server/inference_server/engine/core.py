@@ -612,7 +612,7 @@ class Engine:
 
     @property
     def waits_for_weights(self) -> bool:
-        """Whether a switch or a measurement waits until weights are packed; :meth:`take_news` then completes it."""
+        """Whether a switch or a measurement waits for weights or kernels; :meth:`take_news` then completes it."""
         return bool(self._deferred) or self.precision.waits
 
     def tell(self, news: TaskProgress | Notice) -> None:
