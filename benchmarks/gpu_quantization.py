@@ -45,6 +45,7 @@ from inference_server.protocol import CommandFailed, EngineConfig, FeaturesAppli
 
 SCHEMES = {
     "int8": Scheme(8),
+    "fp8": Scheme(8, grid="float"),
     "int4 g128 symmetric": Scheme(4, 128, "symmetric"),
     "int4 g32 minimum": Scheme(4, 32, "minimum"),
     "int8 g32": Scheme(8, 32),
@@ -71,7 +72,10 @@ def chain_of(n: int, k: int, scheme: Scheme) -> list[planes.PlaneMatrix]:
     for _ in range(max(2, min(40, int(CHAIN // first.nbytes))) - 1):
         data = first.data.clone()
         other = planes.PlaneMatrix(data, n, k, scheme)
-        other.units.view(torch.int32).random_(-(2**31), 2**31 - 1)
+        if scheme.grid == "float":  # not all bits are numbers
+            other.units.copy_(first.units[torch.randperm(n, device="cuda")])
+        else:
+            other.units.view(torch.int32).random_(-(2**31), 2**31 - 1)
         made.append(other)
     return made
 
@@ -282,6 +286,7 @@ def baselines(options: argparse.Namespace) -> None:
 PRECISIONS: dict[str, dict[str, Any]] = {
     "master": {"weight_precision": "master"},
     "int8": {"weight_precision": "int8"},
+    "fp8": {"weight_precision": "fp8"},
     "int4 g128 symmetric": {"weight_precision": "int4", "int4_group": "128", "int4_grid": "symmetric"},
     "int4 g32 minimum": {"weight_precision": "int4", "int4_group": "32", "int4_grid": "minimum"},
 }

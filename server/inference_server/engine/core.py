@@ -271,9 +271,9 @@ class Engine:
         )
         self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
-        no_choices = {"speculation": self._proposers.unavailable, "kv_cache_dtype": {}}
+        no_choices = {"speculation": self._proposers.unavailable}
         if (refusal := no_fp8(loaded.device)) is not None:
-            no_choices["kv_cache_dtype"]["fp8"] = refusal
+            no_choices |= {"kv_cache_dtype": {"fp8": refusal}, "weight_precision": {"fp8": refusal}}
         self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, no_choices)
         self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}

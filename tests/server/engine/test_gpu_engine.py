@@ -206,6 +206,7 @@ def test_speculation_on_the_fast_path_says_the_same() -> None:
 PRECISIONS: list[dict[str, Any]] = [
     {"weight_precision": "master"},
     {"weight_precision": "int8"},
+    {"weight_precision": "fp8"},
     {"weight_precision": "int4", "int4_group": "32", "int4_grid": "minimum"},
     {"weight_precision": "int4", "int4_group": "64", "int4_grid": "symmetric"},
     {"weight_precision": "int4", "int4_group": "64", "int4_grid": "zero-point"},
@@ -335,7 +336,7 @@ def test_packed_weights_sleep_and_wake_with_the_engine() -> None:
     engine = engine_for(build("llama").bfloat16().to(DEVICE))
     text = prompts(1)[0]
     flip(engine, PRECISIONS[1])
-    flip(engine, PRECISIONS[2])
+    flip(engine, PRECISIONS[3])
     submit(engine, 0, text, max_tokens=24, **GREEDY)
     expected = run(engine)[0]
     held = engine.weights.nbytes
@@ -354,7 +355,7 @@ def test_quality_and_gptq_on_a_gpu() -> None:
     engine.precision._encode = lambda text: [3 + ord(letter) % 250 for letter in text[:700]]
     engine.precision._decode = str
     engine.precision.calibrate()
-    wanted = {**PRECISIONS[3], "int4_rounding": "gptq"}
+    wanted = {**PRECISIONS[4], "int4_rounding": "gptq"}
     engine.precision.measure("a text of some length " * 30, wanted)
     engine.weights.wait()
     while engine.precision.has_work or engine.precision.waits:

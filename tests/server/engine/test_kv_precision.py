@@ -158,8 +158,9 @@ def test_what_the_device_cannot_store_is_refused_with_what_to_do_instead() -> No
     if "fp8" in HERE:
         assert switch(engine, {"kv_cache_dtype": "fp8"}).values["kv_cache_dtype"] == "fp8"
         return
-    with pytest.raises(FeatureError, match=r"capability 8\.9 .* int8 takes the same memory"):
-        engine.set_features(0, {"kv_cache_dtype": "fp8"})
+    for name in ("kv_cache_dtype", "weight_precision"):
+        with pytest.raises(FeatureError, match=r"capability 8\.9 .* int8 takes the same memory"):
+            engine.set_features(0, {name: "fp8"})
     started = engine_for(build("llama"), features={"kv_cache_dtype": "fp8"})
     assert started.features.kv_cache_dtype == "master"
     assert any("8.9" in news.text for news in started.take_news() if isinstance(news, Notice))
