@@ -466,9 +466,10 @@ def whole_engine(options: argparse.Namespace) -> None:
             thread.join()
     print(f"engine started in {time.perf_counter() - begin:.1f} s; copy {peak / 1e12:.3f} TB/s", flush=True)
     rows: list[dict[str, Any]] = [{"subject": "floor", "metric": "copy_bandwidth", "value": peak, "unit": "byte/s"}]
+    chosen = {name: PRECISIONS[name] for name in options.precisions}
     steps: dict[str, dict[int, float]] = {}
     try:
-        for name, values in PRECISIONS.items():
+        for name, values in chosen.items():
             begin = time.perf_counter()
             served.switch(values)
             print(f"{name} ready in {time.perf_counter() - begin:.1f} s", flush=True)
@@ -478,7 +479,7 @@ def whole_engine(options: argparse.Namespace) -> None:
                 {"subject": name, "metric": "ms_per_token", "value": row["ms_per_token"], "unit": "ms", "floor": floor}
             )
             rows.append({"subject": name, "metric": "bytes_per_step", "value": row["bytes_per_step"], "unit": "byte"})
-        for name, values in PRECISIONS.items():
+        for name, values in chosen.items():
             served.switch(values)
             steps[name] = crossover(served, name, options.batches)
             rows += [
@@ -507,6 +508,7 @@ def main() -> None:
     parser.add_argument("--matrix", nargs="+")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--flips", type=int, default=100, help="under load; 0 for none")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-record", action="store_true", help="print only")
