@@ -386,20 +386,22 @@ def _rotated(base, place, apart, bias, gain, heads, position, cos, sin, eps, PAR
 
 
 @triton.jit
-def _in_8_bits(x, cache):
-    """Heads ``[n, D]`` as a ``cache`` of 8 bits has them, and the scale of each: what the plain path writes."""
-    integers: tl.constexpr = cache.dtype.element_ty == tl.int8
-    largest: tl.constexpr = 127.0 if integers else 448.0
-    peak = tl.max(tl.abs(x), axis=1)
-    scale = tl.div_rn(peak, tl.full(peak.shape, largest, tl.float32))
-    inverse = tl.where(scale > 0.0, tl.div_rn(tl.full(peak.shape, 1.0, tl.float32), scale), 0.0)
-    x = x * inverse[:, None]
-    if integers:
+def _factors(peak, cache):
+    """Scales of heads whose largest number is ``peak``, in a ``cache`` of 8 bits, and what brings them to its range."""
+    largest: tl.constexpr = 127.0 if cache.dtype.element_ty == tl.int8 else 448.0
+    scale = tl.div_rn(peak, peak * 0.0 + largest)
+    return scale, tl.where(scale > 0.0, tl.div_rn(scale * 0.0 + 1.0, scale), 0.0)
+
+
+@triton.jit
+def _rounded(x, cache):
+    """Numbers in the range of a ``cache`` of 8 bits as it has them: with :func:`_factors`, what the plain path writes."""
+    if cache.dtype.element_ty == tl.int8:
         # Added to 1.5 times 2 ** 23 a number is rounded to the nearest integer, of two the even one.
         x = ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
     else:
         x = x.to(cache.dtype.element_ty)
-    return x, scale
+    return x
 
 
 def field_of_two(shift: int, body: str) -> tl.constexpr:
@@ -469,8 +471,9 @@ def _store(k, v, keys, values, key_scales, value_scales, place, given, D: tl.con
     k_scale = tl.full(place.shape, 1.0, tl.float32)
     v_scale = k_scale
     if SCALED:
-        k, k_scale = _in_8_bits(k, keys)
-        v, v_scale = _in_8_bits(v, values)
+        k_scale, k_factor = _factors(tl.max(tl.abs(k), axis=1), keys)
+        v_scale, v_factor = _factors(tl.max(tl.abs(v), axis=1), values)
+        k, v = _rounded(k * k_factor[:, None], keys), _rounded(v * v_factor[:, None], values)
         tl.store(key_scales + place, k_scale, mask=given)
         tl.store(value_scales + place, v_scale, mask=given)
     else:
@@ -620,23 +623,33 @@ def _attend_decode_kernel(
                 one = tl.arange(0, 1)
                 k_new = _rotated(base, (H + head + one) * D, apart, bias, k_gain, H + head + one, position, cos, sin, eps,
                                  PARTS, D, BIAS, NORM, ROTATE, False, (one == 0)[:, None])  # fmt: skip
-                from_v = base + (H + KV + head) * D + d[None, :] + one[:, None]
-                v_new = tl.load(from_v).to(tl.float32)
+                v_new = tl.load(base + (H + KV + head) * D + d).to(tl.float32)
                 for part in tl.static_range(1, PARTS):
-                    v_new += tl.load(from_v + part * apart).to(tl.float32)
+                    v_new += tl.load(base + part * apart + (H + KV + head) * D + d).to(tl.float32)
                 if BIAS:
-                    v_new += tl.load(bias + (H + KV + head) * D + d)[None, :]
+                    v_new += tl.load(bias + (H + KV + head) * D + d)
+                k_new = tl.reshape(k_new, (D,))
                 here = tl.load(table + position // block_size).to(tl.int64) * block_size + position % block_size
-                here = here * KV + head + one
-                k_new, v_new, k_scale, v_scale = _store(
-                    k_new, v_new, keys, values, key_scales, value_scales, here, one == 0, D, SCALED
-                )
-                score = tl.sum(q.to(tl.float32) * (k_new.to(tl.float32) * k_scale[:, None]), axis=1)
+                if SCALED:
+                    k_scale, k_factor = _factors(tl.max(tl.abs(k_new), axis=0), keys)
+                    v_scale, v_factor = _factors(tl.max(tl.abs(v_new), axis=0), values)
+                    k_new, v_new = _rounded(k_new * k_factor, keys), _rounded(v_new * v_factor, values)
+                    tl.store(key_scales + here * KV + head, k_scale)
+                    tl.store(value_scales + here * KV + head, v_scale)
+                else:
+                    k_new, v_new = k_new.to(keys.dtype.element_ty), v_new.to(values.dtype.element_ty)
+                tl.store(keys + here * (KV * D) + head * D + d, k_new)
+                tl.store(values + here * (KV * D) + head * D + d, v_new)
+                score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1)
+                if SCALED:
+                    score *= k_scale
                 peak = tl.maximum(largest, score)
                 factor = tl.exp2(largest - peak)
                 share_new = tl.exp2(score - peak)
                 weight = weight * factor + share_new
-                total = total * factor[:, None] + share_new[:, None] * (v_new.to(tl.float32) * v_scale[:, None])
+                if SCALED:
+                    share_new *= v_scale
+                total = total * factor[:, None] + share_new[:, None] * v_new.to(tl.float32)[None, :]
                 largest = peak
             if active == 1:
                 tl.store(target, (total / weight[:, None]).to(out.dtype.element_ty), mask=own)
