@@ -131,6 +131,8 @@ class _Flight:
     """Who proposed tokens that the step verifies."""
     draft_ns: int
     kv_events: list[Operation]
+    ahead: bool = False
+    """It was launched before the tokens of the step before it were known."""
     novel: bool = False
     """Something was compiled or captured for it, so its time says nothing about other steps."""
     booked: bool = False
@@ -944,6 +946,7 @@ class Engine:
             proposers=proposers,
             draft_ns=self.speculation.spent_ns,
             kv_events=earlier.events,
+            ahead=ahead,
             novel=runner is self.gpu and self.gpu is not None and self.gpu.novel,
         )
 
@@ -1034,7 +1037,7 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         step_ns = None if flight.novel else time.monotonic_ns() - begin - flight.draft_ns
-        self.speculation.learn(plan, flight.features, accepted, step_ns, flight.draft_ns)
+        self.speculation.learn(plan, flight.features, accepted, step_ns, flight.draft_ns, ahead=flight.ahead)
         settled = self._settle(tokens.request)
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before
