@@ -45,6 +45,7 @@ from inference_server.protocol import CommandFailed, EngineConfig, FeaturesAppli
 
 SCHEMES = {
     "int8": Scheme(8),
+    "fp8": Scheme(8, grid="float"),
     "int4 g128 symmetric": Scheme(4, 128, "symmetric"),
     "int4 g32 minimum": Scheme(4, 32, "minimum"),
     "int8 g32": Scheme(8, 32),
@@ -71,7 +72,10 @@ def chain_of(n: int, k: int, scheme: Scheme) -> list[planes.PlaneMatrix]:
     for _ in range(max(2, min(40, int(CHAIN // first.nbytes))) - 1):
         data = first.data.clone()
         other = planes.PlaneMatrix(data, n, k, scheme)
-        other.units.view(torch.int32).random_(-(2**31), 2**31 - 1)
+        if scheme.grid == "float":  # not all bits are numbers
+            other.units.copy_(first.units[torch.randperm(n, device="cuda")])
+        else:
+            other.units.view(torch.int32).random_(-(2**31), 2**31 - 1)
         made.append(other)
     return made
 
@@ -213,8 +217,30 @@ def product(
     print(f"{scheme_name} {name} m={m} floor {1e6 * floor:.1f}: {told}", flush=True)
 
 
+def rounded_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in 8-bit floating point, and their scales ``[rows, 1]``."""
+    scale = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-12)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def scaled_products(weights: list[torch.Tensor], x: torch.Tensor, expected: torch.Tensor) -> str:
+    """torch's product of rows and weights in 8-bit floating point, a scale for each row and output: time and error.
+
+    Rounding the rows is not in it: the norm or the product before would do it.
+    """
+    narrow = [rounded_rows(w) for w in weights]
+    rows, scales = rounded_rows(x)
+
+    def multiply() -> list[torch.Tensor]:
+        return [torch._scaled_mm(rows, w.t(), scales, s.t(), out_dtype=torch.bfloat16) for w, s in narrow]
+
+    seconds = timed(multiply, 5) / len(weights)
+    error = float((multiply()[0].double() - expected).norm() / expected.norm())
+    return f"fp8 {1e6 * seconds:.1f} (off by {error:.3f})"
+
+
 def baselines(options: argparse.Namespace) -> None:
-    """The same products with master weights, and expanding to them, in the same run."""
+    """The same products with master weights, in 8-bit floating point by torch, and expanding, in the same run."""
     for name, (n, k, gated) in matrices("llama8b").items():
         height = n * (2 if gated else 1)
         weights = [
@@ -242,6 +268,8 @@ def baselines(options: argparse.Namespace) -> None:
             told.append(f"m={m} cublas {1e6 * timed(cublas, 5) / len(weights):.1f}")
             if tile is not None:
                 told.append(f"own {1e6 * timed(own, 5) / len(weights):.1f}")
+            if options.fp8 and m >= 16:
+                told.append(scaled_products(weights, x, x.double() @ weights[0].double().T))
         if name in {"gate_up", "down"}:
             for scheme_name in ("int8", "int4 g128 symmetric", "int4 g32 minimum"):
                 chain = chain_of(height, k, SCHEMES[scheme_name])
@@ -258,6 +286,7 @@ def baselines(options: argparse.Namespace) -> None:
 PRECISIONS: dict[str, dict[str, Any]] = {
     "master": {"weight_precision": "master"},
     "int8": {"weight_precision": "int8"},
+    "fp8": {"weight_precision": "fp8"},
     "int4 g128 symmetric": {"weight_precision": "int4", "int4_group": "128", "int4_grid": "symmetric"},
     "int4 g32 minimum": {"weight_precision": "int4", "int4_group": "32", "int4_grid": "minimum"},
 }
@@ -267,13 +296,13 @@ ANSWER = 257
 class Served:
     """An engine and what it has answered."""
 
-    def __init__(self, shape: str) -> None:
+    def __init__(self, shape: str, kv_bytes: int = 16 << 30) -> None:
         model = build(shape, attention.NAME)
         device = torch.device("cuda", 0)
         loaded = loader.inspect(model, LocatedModel(shape, "random", Path()), device, torch.bfloat16, lambda *_: None)
         features: dict[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
         config = EngineConfig(
-            max_num_seqs=256, max_model_len=2048, kv_bytes=16 << 30, packed_bytes=20 << 30, features=features
+            max_num_seqs=256, max_model_len=2048, kv_bytes=kv_bytes, packed_bytes=20 << 30, features=features
         )
         self.engine = Engine(config, loaded)
         self.outputs: dict[int, list[int]] = {}
@@ -437,9 +466,10 @@ def whole_engine(options: argparse.Namespace) -> None:
             thread.join()
     print(f"engine started in {time.perf_counter() - begin:.1f} s; copy {peak / 1e12:.3f} TB/s", flush=True)
     rows: list[dict[str, Any]] = [{"subject": "floor", "metric": "copy_bandwidth", "value": peak, "unit": "byte/s"}]
+    chosen = {name: PRECISIONS[name] for name in options.precisions}
     steps: dict[str, dict[int, float]] = {}
     try:
-        for name, values in PRECISIONS.items():
+        for name, values in chosen.items():
             begin = time.perf_counter()
             served.switch(values)
             print(f"{name} ready in {time.perf_counter() - begin:.1f} s", flush=True)
@@ -449,7 +479,7 @@ def whole_engine(options: argparse.Namespace) -> None:
                 {"subject": name, "metric": "ms_per_token", "value": row["ms_per_token"], "unit": "ms", "floor": floor}
             )
             rows.append({"subject": name, "metric": "bytes_per_step", "value": row["bytes_per_step"], "unit": "byte"})
-        for name, values in PRECISIONS.items():
+        for name, values in chosen.items():
             served.switch(values)
             steps[name] = crossover(served, name, options.batches)
             rows += [
@@ -472,11 +502,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--baselines", action="store_true", help="products with master weights, and expanding to them")
+    parser.add_argument("--fp8", action="store_true", help="with --baselines: products in 8-bit floating point as well")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--matrix", nargs="+")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so long")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--flips", type=int, default=100, help="under load; 0 for none")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-record", action="store_true", help="print only")

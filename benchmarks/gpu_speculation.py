@@ -7,7 +7,12 @@ the model says; proposals cost nothing, unless a draft model makes them (``--dra
 is what a step takes: it is planned, computed, chosen from and booked. Speed is that of decoding alone: tokens that all
 requests of a batch say together in steps that follow one another, contexts of 130 and more, over the time of these
 steps; plain steps overlap, verifying ones cannot. Time is measured; of the tokens the expectation is taken, so that
-luck does not count. Rows go to benchmarks/results/gpu_speculation.jsonl, and with
+luck does not count. Rows go to benchmarks/results/gpu_speculation.jsonl.
+
+    python benchmarks/gpu_speculation.py --adaptive --batch 1 64
+
+measures adaptive speculation alone, beside always and never: from a cold start at an acceptance of 0.1, and over the
+steps after acceptance rose to the last of ``--acceptance``, and after it fell again. With
 
     python benchmarks/gpu_speculation.py --plot docs/images/gpu-speculation.svg
 
@@ -126,15 +131,21 @@ class Bench:
             if thread.name == "kernels":
                 thread.join()
 
-    def measure(self, batch: int, steps: int, rate: float = 0.0, **features: Any) -> Row:
-        """Decode ``batch`` requests; tokens per second of them all together, and the medians of a step."""
-        engine, self.coin.rate = self.engine, rate
+    def measure(
+        self, batch: int, steps: int, rate: float = 0.0, before: tuple[int, float] | None = None, **features: Any
+    ) -> Row:
+        """Decode ``batch`` requests; tokens per second of them all together, and the medians of a step.
+
+        So many steps ``before`` are not measured, of another acceptance.
+        """
+        engine = self.engine
+        warm, self.coin.rate = before or (WARM, rate)
         engine.set_features(0, {"speculation": "off", **features})
         for handle in range(batch):
             sampling = SamplingParams(temperature=0.0, max_tokens=LONGEST - 200, ignore_eos=True)
             engine.submit(Submit(requests=(handle,), prompt=tuple(prompt(handle)), sampling=sampling, arrival_ns=0))
         found: list[Any] = []
-        warm, said, expected, begin = WARM, 0, 0.0, 0.0
+        said, expected, begin = 0, 0.0, 0.0
         while len(found) < steps:
             report, _ = engine.step()
             assert report is not None
@@ -145,7 +156,7 @@ class Bench:
             if warm > 0:
                 continue
             if not begin:
-                begin = time.perf_counter()
+                self.coin.rate, begin = rate, time.perf_counter()
                 continue
             found.append(report.step)
             said += len(report.tokens.token_id)
@@ -169,6 +180,7 @@ class Bench:
             "host_ms": {each: median(f"{each}_ns") for each in ("schedule", "prepare", "update", "before")},
             "drafted": sum(sum(step.drafted) for step in found) / len(found),
             "path": found[-1].path,
+            "recorded": sum("graph" not in step.path for step in found),  # the first of a shape are
         }
 
 
@@ -204,26 +216,39 @@ def speeds(
     return rows
 
 
-def adaptive(bench: Bench, base: Row, batches: list[int], steps: int, count: int, rates: list[float]) -> list[Row]:
+def adaptive(bench: Bench, base: Row, batches: list[int], steps: int, count: int, low: float, high: float) -> list[Row]:
     """Speed where the engine decides how many proposals pay, over the better of always and never."""
     rows = []
+    on: Row = {"speculation": "ngram", "num_speculative_tokens": count}
     for batch in batches:
-        for rate in rates:
-            values = {"speculation": "ngram", "num_speculative_tokens": count}
+        better = {}
+        for rate in (low, high):
+            fixed = [bench.measure(batch, steps, rate, (steps // 2, rate), **each)["tok_s"] for each in ({}, on)]
+            better[rate] = max(fixed)
+        for first, rate in ((low, high), (high, low)):  # so that the shapes of steps were met
+            bench.measure(batch, steps // 2, rate, (steps // 4, first), **on, adaptive_speculation=True)
+        for first, rate in ((None, low), (low, high), (high, low)):
             bench.engine.speculation._adaptive = Adaptive()
-            fixed = [bench.measure(batch, steps, rate, **each)["tok_s"] for each in ({}, values)]
-            bench.measure(batch, steps, rate, **values, adaptive_speculation=True)  # so that it has seen something
-            got = bench.measure(batch, 2 * steps, rate, **values, adaptive_speculation=True)
+            before = None if first is None else (steps // 2, first)
+            got = bench.measure(batch, steps, rate, before, **on, adaptive_speculation=True)
             bench.engine.set_features(0, {"adaptive_speculation": False})
-            row = got | {"batch": batch, "proposed": count, "acceptance": rate, "metric": "adaptive_over_better"}
-            rows.append(base | row | {"value": got["tok_s"] / max(fixed), "unit": "1", "proposer": "adaptive"})
+            row = got | {"batch": batch, "proposed": count, "acceptance": rate, "acceptance_before": first}
+            value = {
+                "metric": "adaptive_over_better",
+                "value": got["tok_s"] / better[rate],
+                "unit": "1",
+                "steps": steps,
+            }
+            rows.append(base | row | value | {"proposer": "adaptive"})
             show(rows[-1])
     return rows
 
 
 def show(row: Row) -> None:
     of = " ".join(
-        f"{name} {row[name]}" for name in ("shape", "batch", "proposer", "proposed", "acceptance") if name in row
+        f"{name} {row[name]}"
+        for name in ("shape", "batch", "proposer", "proposed", "acceptance_before", "acceptance")
+        if name in row
     )
     of_host = ", ".join(f"{name} {ms:.2f}" for name, ms in row["host_ms"].items())
     plain = f", plain {row['plain_step_ms']:.2f} ms" if "plain_step_ms" in row else ""
@@ -284,7 +309,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.3, 0.6, 0.8])
     parser.add_argument("--steps", type=int, default=40, help="verifying steps that are measured")
-    parser.add_argument("--adaptive", action="store_true", help="adaptive speculation beside always and never")
+    parser.add_argument("--adaptive", action="store_true", help="measure adaptive speculation, beside always and never")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was measured before, as SVG")
     options = parser.parse_args()
     if options.plot is not None:
@@ -292,16 +317,17 @@ def main() -> None:
     bench = Bench(options.shape, max(options.batch), options.draft)
     base = {"shape": options.shape, "weights": "bf16", "gpus": 1, "subject": "ours", "runs": 1}
     bench.settle()
-    rows = verify_costs(bench, base, options.steps, [1, 2, 4, 7, 8, 16])
-    for row in rows:
-        show(row)
-    found = (options.batch, options.steps, options.tokens)
-    rows += speeds(bench, base | {"draft_model": None}, *found, "ngram", options.acceptance)
-    if options.draft is not None:
-        rows += speeds(bench, base | {"draft_model": options.draft}, *found, "draft", options.acceptance[-2:-1])
     if options.adaptive:
-        some = sorted({options.batch[0], options.batch[-1]})
-        rows += adaptive(bench, base, some, 3 * options.steps, options.tokens, [0.1, options.acceptance[-1]])
+        low, high = 0.1, options.acceptance[-1]
+        rows = adaptive(bench, base, options.batch, 6 * options.steps, options.tokens, low, high)
+    else:
+        rows = verify_costs(bench, base, options.steps, [1, 2, 4, 7, 8, 16])
+        for row in rows:
+            show(row)
+        found = (options.batch, options.steps, options.tokens)
+        rows += speeds(bench, base | {"draft_model": None}, *found, "ngram", options.acceptance)
+        if options.draft is not None:
+            rows += speeds(bench, base | {"draft_model": options.draft}, *found, "draft", options.acceptance[-2:-1])
     packages = ("torch", "triton", "transformers")
     append("gpu_speculation", rows, device="cuda", hardware=torch.cuda.get_device_name(), packages=packages)
     return None

@@ -3,11 +3,16 @@
     python benchmarks/speculation.py                      # the default model, float32 and bfloat16, batch 1
     python benchmarks/speculation.py --batches 1 4 16     # where it stops paying
     python benchmarks/speculation.py --verify             # what verifying costs, by the number of tokens
+    python benchmarks/speculation.py --mix                # adaptive beside on and off, over a day of prompts and loads
 
 One process and one engine a precision; for each prompt every method runs in turn, so that a busy moment hits all of
 them. Greedy. Tokens per second are of decoding alone: from the first token to the last. ``speedup`` is the median over
 the prompts of the method's tokens per second over those without speculation on the same prompt. A table is printed, and
 rows go to benchmarks/results/speculation.jsonl.
+
+The day of ``--mix`` has phases. In each, so many requests at once are answered, one after another in each seat; the
+kinds of prompts differ. Without speculation, with each method always, and with each adaptive, the same work is done
+phase by phase, in turn; every adaptive one knows only what it saw itself.
 """
 
 from __future__ import annotations
@@ -16,11 +21,13 @@ import argparse
 import datetime as dt
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,6 +143,80 @@ def compare(
     return {"methods": found, "differing": differing}
 
 
+DAY: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (1, ("chat", "story")),
+    (2, ("code", "chat")),
+    (8, ("chat", "code", "summary", "story")),
+    (4, ("summary", "code")),
+    (1, ("code",)),
+)
+"""Phases: requests at once, and the kinds of their prompts."""
+
+
+def work_of(engine: Any, place: int, rounds: int) -> list[tuple[tuple[int, ...], int]]:
+    """Prompts of a phase, and how many tokens each is answered with."""
+    draw = random.Random(place)
+    requests, kinds = DAY[place]
+    texts = [text for kind in kinds for text in PROMPTS[kind]]
+    return [(encode(engine, draw.choice(texts)), draw.randrange(60, 140)) for _ in range(rounds * requests)]
+
+
+def serve(engine: Any, work: list[tuple[tuple[int, ...], int]], requests: int) -> tuple[float, int]:
+    """Answer some prompts, so many at once; return seconds and tokens proposed."""
+    from inference_server.protocol import SamplingParams, Submit
+
+    waiting = list(enumerate(work))
+    drafted = 0
+    begin = time.perf_counter()
+    while waiting or engine.has_work():
+        while waiting and len(engine.requests) < requests:
+            handle, (prompt, count) = waiting.pop(0)
+            sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+            engine.submit(Submit(requests=(handle,), prompt=prompt, sampling=sampling, arrival_ns=0))
+        report, _ = engine.step()
+        drafted += sum(report.drafted)
+    return time.perf_counter() - begin, drafted
+
+
+def live(engine: Any, methods: list[str], k: int, rounds: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Live through the day; give rows as soon as there are any."""
+    from inference_server.engine.speculation.adaptive import Adaptive
+
+    modes: dict[str, dict[str, Any]] = {"off": METHODS["off"]}
+    for method in methods:
+        modes[f"{method} on"] = {**METHODS[method], "adaptive_speculation": False}
+        modes[f"{method} adaptive"] = {**METHODS[method], "adaptive_speculation": True}
+    known = {mode: Adaptive() for mode in modes}
+    engine.set_features(0, {"prefix_cache_read": False, "num_speculative_tokens": k})
+    for features in modes.values():  # whatever is compiled or allocated first
+        engine.set_features(0, features)
+        serve(engine, [(prompt, 8) for prompt, _ in work_of(engine, 0, 2)], 2)
+    took: dict[str, list[float]] = {mode: [0.0] * len(DAY) for mode in modes}
+    for place, (requests, kinds) in enumerate(DAY):
+        work = work_of(engine, place, rounds * repeats)
+        part = len(work) // repeats
+        for turn in range(repeats):
+            for mode in list(modes) if turn % 2 == 0 else reversed(modes):
+                engine.set_features(0, modes[mode])
+                engine.speculation._adaptive = known[mode]  # noqa: SLF001 - what one learns is not the others'
+                seconds, _ = serve(engine, work[turn * part : (turn + 1) * part], requests)
+                took[mode][place] += seconds
+        tokens = sum(count for _, count in work)
+        line = f"{requests:3} at once, {' '.join(kinds):26} {tokens:6} tokens, off {tokens / took['off'][place]:6.1f}/s"
+        for method in methods:
+            on, off, own = (took[mode][place] for mode in (f"{method} on", "off", f"{method} adaptive"))
+            line += f" | {method} {off / on:.2f}, adaptive {min(on, off) / own:.3f} of the better"
+            case = {"method": method, "batch": requests, "k": k, "prompts": " ".join(kinds), "tokens": tokens}
+            case |= {"phase": place, "runs": repeats, "speedup": off / on, "unit": "ratio"}
+            yield {**case, "metric": "mix_adaptive_over_better", "value": min(on, off) / own}
+        print(line, flush=True)
+    for method in methods:
+        on, off, own = (sum(took[mode]) for mode in (f"{method} on", "off", f"{method} adaptive"))
+        print(f"whole day, {method}: off {off:.1f} s, on {on:.1f} s, adaptive {own:.1f} s")
+        case = {"method": method, "k": k, "phase": "all", "runs": repeats, "speedup": off / on, "unit": "ratio"}
+        yield {**case, "metric": "mix_adaptive_over_better", "value": min(on, off) / own}
+
+
 def verify_cost(engine: Any, rounds: int = 25) -> dict[int, float]:
     """Median time of a step that verifies so many tokens over that of a plain one, context 200."""
     from inference_server.engine.request import Request
@@ -173,6 +254,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--adaptive", action="store_true", help="each method once more, adaptive")
     parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--mix", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2, help="requests of a seat, phase and turn, with --mix")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry", action="store_true", help="write no rows")
     arguments = parser.parse_args()
@@ -201,6 +284,11 @@ def main() -> None:
                     {**common, "metric": "verify_cost_ratio", "k": k, "batch": 1, "value": ratio, "unit": "ratio"}
                 )
             write(rows, dry=arguments.dry)
+            continue
+        if arguments.mix:
+            proposing = [name for name in methods if name in arguments.methods and name != "off"]
+            for row in live(engine, proposing, arguments.k[0], arguments.rounds, arguments.repeats):
+                write([{**common, **row}], dry=arguments.dry)
             continue
         for batch in arguments.batches:
             for k in arguments.k:

@@ -18,7 +18,7 @@ MAX_DRAFTS = 16
 """Most tokens that can be proposed for a request in one step."""
 PROPOSERS = ("ngram", "draft", "early_exit", "eagle")
 SPECULATION = ("off", *PROPOSERS)
-PACKED_PRECISIONS = ("int8", "int4", "int3")
+PACKED_PRECISIONS = ("int8", "fp8", "int4", "int3")
 WEIGHT_FEATURES = ("weight_precision", "int4_group", "int4_grid", "int4_rounding")
 """Switches that say which copy of the weights is read."""
 
@@ -106,12 +106,13 @@ SPECS: tuple[FeatureSpec, ...] = (
         title="KV precision",
         group="Memory",
         kind="choice",
-        choices=("master", "int8"),
+        choices=("master", "int8", "fp8"),
         default="master",
         cost="recompute",
         description=(
             "How keys and values are stored. master: in the type that the model computes in. int8: in 8 bits with a "
-            "scale for each position and head, so that the same memory holds a longer context or more requests."
+            "scale for each position and head, so that the same memory holds a longer context or more requests. fp8: "
+            "the same with 8-bit floating point (e4m3), on a GPU that has it."
         ),
     ),
     FeatureSpec(
@@ -303,6 +304,7 @@ SPECS: tuple[FeatureSpec, ...] = (
         cost="prebuilt",
         description=(
             "Which copy of the weights a step reads. master: as they were loaded. int8: one scale per output channel. "
+            "fp8: the same with 8-bit floating point (e4m3), on a GPU that has it. "
             "int4: one scale per group of weights, the output layer in 8 bits. int3: the same with 8 values in place "
             "of 16, in the memory of 4 bits, to see what is lost. A copy is packed beside the master when "
             "it is first asked for, while the model serves on; the switch is done when it is ready."

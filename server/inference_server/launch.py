@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 FIRST_LESSON = "01-first-tokens.ipynb"
-TEACHING_URL = "/lab?inference-workbench=teach"
+TEACHING_URL = "/inference-workbench-teach"
+"""Without a query: Jupyter appends its token to it where it prints the address."""
 
 
 class LaunchError(Exception):

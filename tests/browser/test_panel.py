@@ -26,6 +26,8 @@ from workbench_page import (
     wait_tokens,
 )
 
+from inference_server.launch import TEACHING_URL
+
 
 def test_opening_the_panel_starts_the_server_and_streams_each_token(page: Page, lab: JupyterLab) -> None:
     workbench = open_panel(page, lab)
@@ -185,7 +187,7 @@ def test_a_reload_brings_the_panel_back_with_what_it_showed(page: Page, lab: Jup
 
 
 def test_the_teaching_address_opens_the_lesson_beside_the_panel(page: Page, lab: JupyterLab) -> None:
-    open_lab(page, lab, **{"inference-workbench": "teach"})
+    page.goto(lab.page(TEACHING_URL.lstrip("/"), reset=""))
     panel = page.locator(".iw-panel")
     expect(panel).to_be_visible(timeout=30_000)
     notebook = page.locator(".jp-NotebookPanel")
@@ -194,6 +196,7 @@ def test_the_teaching_address_opens_the_lesson_beside_the_panel(page: Page, lab:
     assert left is not None
     assert right is not None
     assert left["x"] + left["width"] <= right["x"]
+    assert "token" not in page.url
 
 
 def test_the_dark_theme_reaches_text_and_plots(page: Page, lab: JupyterLab) -> None:

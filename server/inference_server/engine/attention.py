@@ -9,11 +9,12 @@ This is the reference backend: it gathers each request's blocks and calls scaled
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,11 +28,23 @@ from inference_server.engine.kv_cache import Copy, SwapDiscard, SwapIn, SwapOut,
 NAME = "inference_workbench_paged"
 
 
+class In8Bits(NamedTuple):
+    """What keys and values are stored as."""
+
+    dtype: torch.dtype
+    largest: float
+    """What the largest of a head becomes."""
+
+
+IN_8_BITS = {"int8": In8Bits(torch.int8, 127.0), "fp8": In8Bits(torch.float8_e4m3fn, 448.0)}
+"""By value of the feature ``kv_cache_dtype``."""
+
+
 class PagedKVTensors:
     """Keys and values of every layer, ``[slots, num_kv_heads, head_dim]`` each.
 
     Layers may differ in heads and head size; all are allocated by :meth:`reserve`. The same memory can hold them in 8
-    bits (:meth:`store_as`): integers with a float32 scale for each position and head, and so more positions.
+    bits (:meth:`store_as`), with a float32 scale for each position and head, and so more positions.
     """
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -41,6 +54,8 @@ class PagedKVTensors:
         self.dtype = dtype
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.precision = "master"
+        """How they are stored: the feature ``kv_cache_dtype``."""
         self.key_scales: list[Tensor] = []
         """float32 ``[slots, num_kv_heads]`` of each layer; empty unless keys and values are stored in 8 bits."""
         self.value_scales: list[Tensor] = []
@@ -57,50 +72,71 @@ class PagedKVTensors:
         self._master = self.keys, self.values
 
     @property
-    def int8(self) -> bool:
+    def in_8_bits(self) -> bool:
         """Whether keys and values are stored in 8 bits."""
-        return bool(self.key_scales)
+        return self.precision != "master"
 
     @property
     def whole(self) -> list[Tensor]:
         """The memory of all keys and values, whatever it is used as."""
         return [*self._master[0], *self._master[1]]
 
-    def store_as(self, *, int8: bool) -> None:
-        """Use the memory for keys and values in 8 bits, or in the model's own type again; what it held is lost."""
+    def store_as(self, precision: str) -> None:
+        """Use the memory for keys and values in a precision of :data:`IN_8_BITS`, or in the model's own type again.
+
+        What it held is lost.
+        """
+        self.precision = precision
         self.keys, self.values = self._master
         self.key_scales, self.value_scales = [], []
-        if not int8:
+        if precision == "master":
             return
-        slots = int8_slots(
+        slots = slots_in_8_bits(
             self.num_blocks * self.block_size, self.dtype, [(each.shape[1], each.shape[2]) for each in self.whole]
         )
-        keys, values = ([_in_8_bits(tensor, slots) for tensor in part] for part in self._master)
+        dtype = IN_8_BITS[precision].dtype
+        keys, values = ([_in_8_bits(tensor, slots, dtype) for tensor in part] for part in self._master)
         self.keys, self.key_scales = [each for each, _ in keys], [scales for _, scales in keys]
         self.values, self.value_scales = [each for each, _ in values], [scales for _, scales in values]
 
+    def viewed_as(self, precision: str) -> PagedKVTensors:
+        """The same memory as it would be used in another precision; this one's use does not change."""
+        other = copy.copy(self)
+        other.store_as(precision)
+        return other
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Scales of a layer's keys and values; ``None`` where there are none."""
+        return (self.key_scales[layer], self.value_scales[layer]) if self.in_8_bits else None
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values, each ``[positions, num_kv_heads, head_dim]``, in ``slots`` of a layer."""
-        if not self.int8:
+        if not self.in_8_bits:
             self.keys[layer].index_copy_(0, slots, keys.to(self.dtype))
             self.values[layer].index_copy_(0, slots, values.to(self.dtype))
             return
+        dtype, largest = IN_8_BITS[self.precision]
         for cache, scales, new in (
             (self.keys[layer], self.key_scales[layer], keys),
             (self.values[layer], self.value_scales[layer], values),
         ):
-            scale = new.float().abs().amax(-1) / 127
+            scale = new.float().abs().amax(-1) / largest
             inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-            cache.index_copy_(0, slots, (new.float() * inverse[..., None]).round().to(torch.int8))
+            scaled = new.float() * inverse[..., None]
+            stored = scaled.to(dtype) if dtype.is_floating_point else scaled.round().to(dtype)
+            _bytes_of(cache).index_copy_(0, slots, _bytes_of(stored))
             scales.index_copy_(0, slots, scale)
 
     def read(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values in ``slots`` of a layer, each ``[*slots, num_kv_heads, head_dim]``, as ``dtype``."""
-        keys, values = self.keys[layer][slots], self.values[layer][slots]
-        if not self.int8:
-            return keys.to(dtype), values.to(dtype)
+        keys, values = (
+            _bytes_of(cache)[slots].view(cache.dtype) if self.in_8_bits else cache[slots].to(dtype)
+            for cache in (self.keys[layer], self.values[layer])
+        )
+        if not self.in_8_bits:
+            return keys, values
         key_scales, value_scales = self.key_scales[layer][slots][..., None], self.value_scales[layer][slots][..., None]
-        return (keys * key_scales).to(dtype), (values * value_scales).to(dtype)
+        return (keys.float() * key_scales).to(dtype), (values.float() * value_scales).to(dtype)
 
     def transfer(self, transfers: list[Transfer]) -> None:
         """Carry out copies between blocks and to and from host memory, in the order given.
@@ -128,7 +164,8 @@ class PagedKVTensors:
             del transfers[0]
 
     def _parts(self) -> tuple[Tensor, ...]:
-        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        parts = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        return tuple(_bytes_of(each) if each.itemsize == 1 else each for each in parts)
 
     @property
     def swapped_bytes(self) -> int:
@@ -136,7 +173,7 @@ class PagedKVTensors:
         return sum(tensor.nbytes for saved in self._host.values() for tensor in saved)
 
 
-def int8_slots(slots: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> int:
+def slots_in_8_bits(slots: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> int:
     """How many positions the memory of ``slots`` positions holds in 8 bits with a float32 scale for each head.
 
     Parameters
@@ -147,15 +184,27 @@ def int8_slots(slots: int, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]
     shapes : iterable of tuple
         (KV heads, head size) of every key and value.
     """
-    return min(slots * size * dtype.itemsize // (size + 4) for _, size in shapes)
+    return min(slots * size * dtype.itemsize // (_aligned(size) + 4) for _, size in shapes)
 
 
-def _in_8_bits(tensor: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The memory of a tensor as integers and their scales."""
+def _aligned(length: int) -> int:
+    return -(-length // 4) * 4
+
+
+def _in_8_bits(tensor: Tensor, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The memory of a tensor as numbers of 8 bits and, behind them, their scales.
+
+    In this order the numbers begin where the memory does, at an address that suits a GPU's widest loads.
+    """
     _, heads, size = tensor.shape
-    memory = tensor.view(-1).view(torch.int8)
-    scales = memory[: 4 * slots * heads].view(torch.float32).view(slots, heads)
-    return memory[4 * slots * heads :][: slots * heads * size].view(slots, heads, size), scales
+    memory, count = tensor.view(-1).view(torch.uint8), slots * heads
+    numbers, scales = memory[: count * size], memory[_aligned(count * size) :][: 4 * count]
+    return numbers.view(dtype).view(slots, heads, size), scales.view(torch.float32).view(slots, heads)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Numbers of 8 bits as bytes: torch cannot move all types of them about."""
+    return tensor.view(torch.uint8)
 
 
 @dataclass(slots=True)
@@ -340,6 +389,18 @@ def slots_of(blocks: list[int], length: int, block_size: int) -> NDArray[np.int6
     """Cache slots of positions ``[0, length)`` for a block table, ``[length]``."""
     table = np.asarray(blocks[: -(-length // block_size)], dtype=np.int64)
     return (table[:, None] * block_size + np.arange(block_size)).reshape(-1)[:length]
+
+
+def no_fp8(device: torch.device) -> str | None:
+    """Why keys and values cannot be stored in 8-bit floating point on a device; ``None`` where they can."""
+    needs = "8-bit floating point needs an NVIDIA GPU of compute capability 8.9 or more (Ada, Hopper or newer)"
+    instead = "int8 takes the same memory and runs here."
+    if device.type != "cuda":
+        return f"{needs}, and this model is on the {device.type.upper()}. {instead}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{needs}, and this one has {major}.{minor}. {instead}"
+    return None
 
 
 AttentionInterface.register(NAME, paged_attention)

@@ -7,8 +7,9 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from inference_server import features as feature_rules
 from inference_server.engine import compiled, loader, rejection, sampler
-from inference_server.engine.attention import PagedKVTensors, int8_slots
+from inference_server.engine.attention import PagedKVTensors, no_fp8, slots_in_8_bits
 from inference_server.engine.block_pool import ROOT_HASH
 from inference_server.engine.cpu import path as fast_path
 from inference_server.engine.gpu import path as gpu_path
@@ -87,6 +88,8 @@ SPARE_DEVICE_BYTES = 1 << 30
 """What packed weights leave free on a GPU, for steps and what they record."""
 
 
+Wait = Literal["weights", "kernels"]
+"""What a switch may wait for."""
 News = Notice | RequestFailed | TaskProgress | KvEvents | FeaturesApplied | FeaturesSettled | CommandFailed
 
 
@@ -104,7 +107,7 @@ class _Settling:
 
 @dataclass(slots=True)
 class _Deferred:
-    """A switch that waits for weights to be packed."""
+    """A switch that waits for weights to be packed, or for kernels to be compiled."""
 
     correlation: int
     values: dict[str, bool | int | str]
@@ -128,6 +131,8 @@ class _Flight:
     """Who proposed tokens that the step verifies."""
     draft_ns: int
     kv_events: list[Operation]
+    ahead: bool = False
+    """It was launched before the tokens of the step before it were known."""
     novel: bool = False
     """Something was compiled or captured for it, so its time says nothing about other steps."""
     booked: bool = False
@@ -239,9 +244,8 @@ class Engine:
         self.gpu: GpuRunner | None = None
         """The fast path, where it is one on a GPU."""
         unavailable = {}
-        longest = self.capacity.max_model_len
-        if loaded.device.type == "cpu":  # in 8 bits the same memory holds longer texts
-            longest = min(self._longest, self._slots(Features(kv_cache_dtype="int8")))
+        # In 8 bits the same memory holds longer texts.
+        longest = min(self._longest, self._slots(Features(kv_cache_dtype="int8")))
         try:
             if loaded.device.type == "cuda":
                 self.fast = self.gpu = gpu_path.start(loaded.model, self.runner, longest, config.max_num_seqs)
@@ -252,8 +256,6 @@ class Engine:
         no_compiler = compiled.unavailable_reason(loaded.device)
         if no_compiler is not None:
             unavailable["compiled"] = no_compiler
-        if loaded.device.type != "cpu":
-            unavailable["kv_cache_dtype"] = "8-bit keys and values are for models on the CPU so far."
         if self.gpu is None:
             reason = unavailable.get("fast_path") or "It is for models on a GPU; this one is on the CPU."
             unavailable["cuda_graphs"] = unavailable["overlap"] = reason
@@ -271,7 +273,10 @@ class Engine:
         )
         self._news: list[Notice | RequestFailed | FeaturesApplied | FeaturesSettled | CommandFailed] = []
         self._progress: queue.SimpleQueue[TaskProgress | Notice] = queue.SimpleQueue()
-        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, self._proposers.unavailable)
+        no_choices = {"speculation": self._proposers.unavailable}
+        if (refusal := no_fp8(loaded.device)) is not None:
+            no_choices |= {"kv_cache_dtype": {"fp8": refusal}, "weight_precision": {"fp8": refusal}}
+        self.specs = _specs_here(defaults, config, loaded.num_layers, unavailable, no_choices)
         self.specs_by_name = {spec.name: spec for spec in self.specs}
         self._recompute_features = {spec.name for spec in self.specs if spec.cost == "recompute"}
         self.features = self._first_features(defaults)
@@ -312,7 +317,8 @@ class Engine:
         self._memory = _MemoryLimit()
         self.precision = Precision(self)
         """Measures what a precision costs."""
-        self._deferred: _Deferred | None = None
+        self._deferred: dict[Wait, _Deferred] = {}
+        """Switches by what they wait for."""
         self._start_weights(progress)
         self._compilation: compiled.Compilation | None = None
         self._compile_where_asked()
@@ -388,7 +394,7 @@ class Engine:
         if features.kv_cache_dtype == "master":
             return slots
         shapes = [(heads, size) for heads, key, value in self.loaded.kv_shapes for size in (key, value)]
-        return int8_slots(slots, self.loaded.dtype, shapes)
+        return slots_in_8_bits(slots, self.loaded.dtype, shapes)
 
     def _kv_bytes_per_token(self, features: Features) -> int:
         """Memory of one position in all layers."""
@@ -608,8 +614,8 @@ class Engine:
 
     @property
     def waits_for_weights(self) -> bool:
-        """Whether a switch or a measurement waits until weights are packed; :meth:`take_news` then completes it."""
-        return self._deferred is not None or self.precision.waits
+        """Whether a switch or a measurement waits for weights or kernels; :meth:`take_news` then completes it."""
+        return bool(self._deferred) or self.precision.waits
 
     def tell(self, news: TaskProgress | Notice) -> None:
         """Add to what :meth:`take_news` returns; from any thread."""
@@ -670,8 +676,9 @@ class Engine:
     ) -> list[FeaturesApplied | FeaturesSettled]:
         """Apply a switch between two steps.
 
-        A switch to weights that are not packed yet waits for them: nothing is returned, the engine serves on as it is,
-        and :meth:`take_news` has the answer once the weights are ready. A later switch of the weights takes its place.
+        A switch to weights that are not packed yet, or to keys and values whose kernels are not compiled yet, waits for
+        them: nothing is returned, the engine serves on as it is, and :meth:`take_news` has the answer once they are
+        ready. A later switch of the same takes its place.
 
         Raises
         ------
@@ -681,11 +688,16 @@ class Engine:
         begin = time.monotonic_ns()
         after = feature_rules.apply(self.features, values, self.specs_by_name)
         names = feature_rules.changed(self.features, after)
-        if not values.keys().isdisjoint(WEIGHT_FEATURES):
-            self._refuse_deferred("A later switch of the weights took its place.")
+        for wait, deferred in list(self._deferred.items()):
+            for what, group in (("weights", WEIGHT_FEATURES), ("keys and values", ("kv_cache_dtype",))):
+                if not values.keys().isdisjoint(group) and not deferred.values.keys().isdisjoint(group):
+                    self._refuse_deferred(wait, f"A later switch of the {what} took its place.")
         if not self.weights.ready(format_of(after)):
             self.precision.prepare(after)
-            self._deferred = _Deferred(correlation, values)
+            self._deferred["weights"] = _Deferred(correlation, values)
+            return []
+        if self.gpu is not None and not self.gpu.ready_for(after.kv_cache_dtype):
+            self._deferred["kernels"] = _Deferred(correlation, values)
             return []
         interrupted: set[int] = set()
         lost = 0
@@ -729,6 +741,8 @@ class Engine:
             self.precision.calibrate_where_needed(wanted)
             self.weights.build(wanted, lambda fraction, what: progress("packing weights", fraction, what))
             self._read(wanted)
+        if self.gpu is not None:
+            self.gpu.compile_with(self.features.kv_cache_dtype)
         self.work = self._step_work()
 
     def _step_work(self) -> StepWork | None:
@@ -754,32 +768,39 @@ class Engine:
             self.fast.use(variant)
         self.scheduler.change_weights(ROOT_HASH if variant is None else variant.label.encode())
 
-    def _refuse_deferred(self, why: str) -> None:
-        """Refuse the switch that waits for weights, if there is one, and stop packing them."""
-        deferred, self._deferred = self._deferred, None
+    def _refuse_deferred(self, wait: Wait, why: str) -> None:
+        """Refuse the switch that waits for something, if there is one; weights are packed no further."""
+        deferred = self._deferred.pop(wait, None)
         if deferred is not None:
-            self.weights.cancel()
+            if wait == "weights":
+                self.weights.cancel()
             self._news.append(CommandFailed(deferred.correlation, why))
 
     def give_up_packing(self) -> None:
         """Stop packing weights; a switch that waits for them is refused."""
-        self._refuse_deferred("Packing the weights was cancelled.")
+        self._refuse_deferred("weights", "Packing the weights was cancelled.")
         self.weights.cancel()
 
     def _take_up_deferred(self) -> None:
-        """Complete a switch whose weights are packed by now."""
-        deferred = self._deferred
-        if deferred is None or self.weights.packing:
-            return
-        self._deferred = None
-        error = self.weights.take_error()
-        if error is not None:
-            self._news.append(CommandFailed(deferred.correlation, error))
-            return
-        try:
-            self._news += self.set_features(deferred.correlation, deferred.values)
-        except FeatureError as refusal:
-            self._news.append(CommandFailed(deferred.correlation, str(refusal)))
+        """Complete the switches that waited for something that is ready by now."""
+        for wait, deferred in list(self._deferred.items()):
+            if wait == "weights":
+                busy, take_error = self.weights.packing, self.weights.take_error
+            else:
+                assert self.gpu is not None, "kernels of the CPU are not waited for"
+                busy = self.gpu.compiling
+                take_error = partial(self.gpu.take_error, str(deferred.values["kv_cache_dtype"]))
+            if busy:
+                continue
+            del self._deferred[wait]
+            error = take_error()
+            if error is not None:
+                self._news.append(CommandFailed(deferred.correlation, error))
+                continue
+            try:
+                self._news += self.set_features(deferred.correlation, deferred.values)
+            except FeatureError as refusal:
+                self._news.append(CommandFailed(deferred.correlation, str(refusal)))
 
     def forget_caches(self) -> dict[str, int]:
         """Empty the prefix cache and the response cache, so that what comes next is computed afresh."""
@@ -810,11 +831,8 @@ class Engine:
         """Use the KV memory as ``features`` say; what it held is lost."""
         tensors = self.runner.tensors
         tensors.block_size = features.block_size
-        int8 = features.kv_cache_dtype == "int8"
-        if tensors.int8 != int8:
-            tensors.store_as(int8=int8)
-            if isinstance(self.fast, WeightReader):
-                self.fast.rebuild()
+        if tensors.precision != features.kv_cache_dtype:
+            tensors.store_as(features.kv_cache_dtype)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -928,6 +946,7 @@ class Engine:
             proposers=proposers,
             draft_ns=self.speculation.spent_ns,
             kv_events=earlier.events,
+            ahead=ahead,
             novel=runner is self.gpu and self.gpu is not None and self.gpu.novel,
         )
 
@@ -1018,7 +1037,7 @@ class Engine:
                 self._remember(request)
                 self.requests.pop(request.handle, None)
         step_ns = None if flight.novel else time.monotonic_ns() - begin - flight.draft_ns
-        self.speculation.learn(plan, flight.features, accepted, step_ns, flight.draft_ns)
+        self.speculation.learn(plan, flight.features, accepted, step_ns, flight.draft_ns, ahead=flight.ahead)
         settled = self._settle(tokens.request)
         end = phases.end("update")
         self.busy_ns += end - begin + phases.before
@@ -1197,14 +1216,13 @@ def _specs_here(
     config: EngineConfig,
     num_layers: int,
     unavailable: dict[str, str],
-    no_proposers: dict[str, str],
+    no_choices: dict[str, dict[str, str]],
 ) -> tuple[FeatureSpec, ...]:
     """Describe the switches with this server's own defaults and limits, and the reasons why some cannot be used."""
     specs = []
     for spec in SPECS:
         limits = {"max_num_seqs": config.max_num_seqs, "early_exit_layers": max(num_layers - 1, 1)}
         maximum = limits.get(spec.name, spec.maximum)
-        choices = no_proposers if spec.name == "speculation" else {}
         specs.append(
             msgspec.structs.replace(
                 spec,
@@ -1212,7 +1230,7 @@ def _specs_here(
                 maximum=maximum,
                 available=spec.name not in unavailable,
                 unavailable_reason=unavailable.get(spec.name),
-                unavailable_choices=choices,
+                unavailable_choices=no_choices.get(spec.name, {}),
             )
         )
     return tuple(specs)

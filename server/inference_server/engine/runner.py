@@ -45,9 +45,6 @@ class WeightReader(Runner, Protocol):
     def use(self, variant: Variant | None) -> None:
         """Read a variant from the next step on, or with ``None`` the master."""
 
-    def rebuild(self) -> None:
-        """Take up that the cache's tensors lie elsewhere."""
-
     def sibling(self, tensors: PagedKVTensors) -> WeightReader:
         """Another runner of the same model over another cache."""
 

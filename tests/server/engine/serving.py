@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from inference_server.engine import loader
 from inference_server.engine.core import Engine
 from inference_server.models.locate import LocatedModel
-from inference_server.protocol import EngineConfig, SamplingParams, Submit
+from inference_server.protocol import CommandFailed, EngineConfig, FeaturesApplied, SamplingParams, Submit
 
 DEVICE = loader.resolve_device(os.environ.get("INFERENCE_WORKBENCH_TEST_DEVICE", "cpu"))
 """Where the models of the engine's tests run."""
@@ -29,6 +30,17 @@ def engine_for(model: Any, draft: Any = None, head: Any = None, **config: Any) -
     )
     assert loaded is not None
     return Engine(EngineConfig(**{"kv_bytes": 1 << 20, **config}), loaded, draft=drafting, head=head)
+
+
+def switch(engine: Engine, values: dict[str, Any]) -> FeaturesApplied:
+    """Throw switches, and wait where they do."""
+    answers: Sequence[object] = engine.set_features(0, values)
+    while not any(isinstance(each, FeaturesApplied | CommandFailed) for each in answers):
+        time.sleep(0.01)
+        answers = engine.take_news()
+    (applied,) = [each for each in answers if isinstance(each, FeaturesApplied | CommandFailed)]
+    assert isinstance(applied, FeaturesApplied), applied
+    return applied
 
 
 def submit(engine: Engine, handle: int, prompt: Sequence[int], samples: int = 1, **sampling: Any) -> None:

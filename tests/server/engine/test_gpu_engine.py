@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
-from serving import DEVICE, GREEDY, engine_for, generate, run, submit
+from serving import DEVICE, GREEDY, engine_for, generate, run, submit, switch
 
+from inference_server.engine.attention import IN_8_BITS
+from inference_server.engine.gpu import path
 from inference_server.engine.request import Request
 from inference_server.engine.scheduler import Scheduled, StepPlan
 from inference_server.protocol import FeaturesApplied, Kind, SamplingParams
@@ -204,6 +206,7 @@ def test_speculation_on_the_fast_path_says_the_same() -> None:
 PRECISIONS: list[dict[str, Any]] = [
     {"weight_precision": "master"},
     {"weight_precision": "int8"},
+    {"weight_precision": "fp8"},
     {"weight_precision": "int4", "int4_group": "32", "int4_grid": "minimum"},
     {"weight_precision": "int4", "int4_group": "64", "int4_grid": "symmetric"},
     {"weight_precision": "int4", "int4_group": "64", "int4_grid": "zero-point"},
@@ -271,11 +274,69 @@ def test_a_hundred_flips_of_the_precision_leave_the_answers_of_a_server_started_
     assert torch.cuda.memory_allocated() <= before
 
 
+@pytest.mark.parametrize("precision", sorted(IN_8_BITS))
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_with_8_bit_keys_the_fast_path_in_bfloat16_gives_the_plain_paths_logits(name: str, precision: str) -> None:
+    model: Any = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():  # random weights of a trained model's size: 0.3 is for greedy tests
+            if parameter.dim() > 1:
+                parameter.mul_(0.2)
+    engine = engine_for(model.bfloat16(), features={"kv_cache_dtype": precision})
+    assert engine.gpu is not None
+    tokens = torch.randint(3, 256, (60,)).tolist()
+    request = Request(handle=0, prompt_len=60, tokens=tokens, sampling=SamplingParams(max_tokens=1), seed=0, arrival=0)
+    request.blocks = [3, 1, 0, 2]
+    # A prompt, another piece of it, single positions launched and replayed, and a few that are verified.
+    steps = [
+        (0, 50, Kind.PREFILL),
+        (50, 7, Kind.PREFILL),
+        (57, 1, Kind.DECODE),
+        (57, 1, Kind.DECODE),
+        (57, 3, Kind.DRAFT),
+    ]
+    for number, (start, count, kind) in enumerate(steps):
+        plan = StepPlan(number, [Scheduled(request, start, count, kind, sample=True)], use_cache=True)
+        expected, got = (each.forward(plan, each.prepare(plan)).double() for each in (engine.runner, engine.gpu))
+        difference = float((got - expected).norm() / expected.norm())
+        print(f"LOGITS {name:8} KV {precision} step {number} {engine.gpu.label:20} {difference:.4f}")
+        assert difference <= path.TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("precision", sorted(IN_8_BITS))
+def test_flips_of_the_keys_precision_replay_the_graphs_of_each_and_lose_no_request(precision: str) -> None:
+    texts = prompts(6)
+
+    def answers(engine: Any, first: int, switches: dict[int, dict[str, Any]] | None = None) -> list[list[int]]:
+        engine.forget_caches()
+        for handle, text in enumerate(texts, first):
+            submit(engine, handle, text, max_tokens=30, **GREEDY)
+        return list(run(engine, switches).values())
+
+    there, back = {"kv_cache_dtype": precision}, {"kv_cache_dtype": "master"}
+    expected = answers(engine_for(build("llama").bfloat16(), features=there), 0)
+    engine = engine_for(build("llama").bfloat16())
+    before = answers(engine, 0)
+    assert switch(engine, there).cost == "recompute"
+    assert answers(engine, 100) == expected
+    graphs = dict(engine.gpu._graphs)
+    assert {shape.kv for shape in graphs} == {"master", precision}
+    for turn in range(3):
+        flips = {step: (back, there)[step // 3 % 2] for step in range(3, 60, 3)}
+        outputs = answers(engine, 1000 * (turn + 1), flips)
+        assert [len(tokens) for tokens in outputs] == [30] * len(texts)
+        switch(engine, there)
+        assert answers(engine, 1000 * (turn + 1) + 500) == expected, f"turn {turn}"
+    assert all(engine.gpu._graphs[shape] is graph for shape, graph in graphs.items()), "none was recorded again"
+    switch(engine, back)
+    assert answers(engine, 9000) == before
+
+
 def test_packed_weights_sleep_and_wake_with_the_engine() -> None:
     engine = engine_for(build("llama").bfloat16().to(DEVICE))
     text = prompts(1)[0]
     flip(engine, PRECISIONS[1])
-    flip(engine, PRECISIONS[2])
+    flip(engine, PRECISIONS[3])
     submit(engine, 0, text, max_tokens=24, **GREEDY)
     expected = run(engine)[0]
     held = engine.weights.nbytes
@@ -294,7 +355,7 @@ def test_quality_and_gptq_on_a_gpu() -> None:
     engine.precision._encode = lambda text: [3 + ord(letter) % 250 for letter in text[:700]]
     engine.precision._decode = str
     engine.precision.calibrate()
-    wanted = {**PRECISIONS[3], "int4_rounding": "gptq"}
+    wanted = {**PRECISIONS[4], "int4_rounding": "gptq"}
     engine.precision.measure("a text of some length " * 30, wanted)
     engine.weights.wait()
     while engine.precision.has_work or engine.precision.waits:

@@ -15,9 +15,11 @@ import torch
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from architectures import build
 
-from inference_server.engine.attention import NAME, PagedKVTensors
+from inference_server.engine.attention import IN_8_BITS, NAME, PagedKVTensors
 from inference_server.engine.gpu import kernels, path, runner
 from inference_server.engine.gpu.runner import GpuRunner
 from inference_server.engine.llama import UnsupportedError, fuse
@@ -30,6 +32,7 @@ from inference_server.protocol import Kind, SamplingParams
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
+KV = ["master", *IN_8_BITS]
 BF16_STEP = 2.0**-7  # the interpreter cuts where a device rounds
 
 
@@ -82,10 +85,6 @@ def test_elementwise_kernels_agree_with_float64(dtype: torch.dtype) -> None:
     residual, delta = torch.randn(5, 96, device=DEVICE), torch.randn(5, 96, device=DEVICE).to(dtype)
     gain, out = torch.randn(96, device=DEVICE), torch.full((5, 96), torch.nan, device=DEVICE, dtype=dtype)
     summed = residual.double() + delta.double()
-    picked = torch.full((2, 96), torch.nan, device=DEVICE, dtype=dtype)
-    select = torch.tensor([3, 1], device=DEVICE, dtype=torch.int32)
-    kernels.add_norm(residual, delta, gain, 1e-5, picked, select=select)
-    assert relative(picked, normed(summed[[3, 1]], gain, 1e-5)) < tolerance(dtype)
     kernels.add_norm(residual, delta, gain, 1e-5, out)
     assert relative(residual, summed) < 1e-6
     assert relative(out, normed(summed, gain, 1e-5)) < tolerance(dtype)
@@ -108,18 +107,48 @@ def test_argmax_takes_the_first_of_equals_and_notes_it_by_seat() -> None:
     assert last.tolist() == [kernels.ARGMAX_BLOCK, -7, 77, -7]
 
 
+@triton.jit
+def _expand_kernel(units, cache, like, even, odd, count: tl.constexpr):
+    place = tl.arange(0, count)
+    unit, one = tl.load(units + place), tl.load(like)
+    tl.store(even + place, kernels._bytes(unit, cache, 0, one).to(tl.float32))
+    tl.store(odd + place, kernels._bytes(unit, cache, 1, one).to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES if CUDA else DTYPES[:1])
+@pytest.mark.parametrize("precision", list(IN_8_BITS))
+def test_every_byte_becomes_the_number_that_it_stands_for(dtype: torch.dtype, precision: str) -> None:
+    stored = torch.arange(256, device=DEVICE).to(torch.uint8)
+    numbers = stored.view(IN_8_BITS[precision].dtype)
+    pairs = torch.stack([stored, stored.roll(77)], dim=1)
+    even, odd = (torch.full((256,), torch.nan, device=DEVICE) for _ in range(2))
+    like = torch.zeros(1, device=DEVICE, dtype=dtype)
+    _expand_kernel[(1,)](pairs.view(torch.int16).flatten(), numbers, like, even, odd, 256)
+    kept = ~numbers.float().isnan()
+    assert torch.equal(even[kept], numbers.float()[kept])
+    assert torch.equal(odd.roll(-77)[kept], numbers.float()[kept])
+
+
 class Case:
     """Contexts of several requests over scattered blocks, with rotation and q/k norm."""
 
     heads, kv, dim, block, positions = 6, 2, 32, 8, 400
 
-    def __init__(self, dtype: torch.dtype, lengths: list[int], *, bias: bool, norm: bool) -> None:
+    def __init__(
+        self, dtype: torch.dtype, lengths: list[int], *, bias: bool, norm: bool, precision: str = "master"
+    ) -> None:
         torch.manual_seed(0)
-        self.lengths = lengths
+        self.dtype, self.lengths = dtype, lengths
         blocks = torch.randperm(160).tolist()
-        self.keys, self.values = (
-            torch.randn(160 * self.block, self.kv, self.dim, device=DEVICE).to(dtype) for _ in range(2)
+        self.cache = PagedKVTensors(160, self.block, torch.device(DEVICE), dtype)
+        self.cache.reserve([(self.kv, self.dim, self.dim)])
+        self.cache.store_as(precision)
+        everywhere = torch.arange(160 * self.block, device=DEVICE)
+        self.cache.write(
+            0, everywhere, *(torch.randn(len(everywhere), self.kv, self.dim, device=DEVICE) for _ in range(2))
         )
+        self.tensors = (self.cache.keys[0], self.cache.values[0])
+        self.before = [each.clone().view(torch.uint8) for each in self.tensors]
         width = -(-self.positions // self.block)
         self.tables = torch.zeros(len(lengths), width, dtype=torch.int32, device=DEVICE)
         for seat, length in enumerate(lengths):
@@ -149,6 +178,40 @@ class Case:
         places = torch.arange(length, device=DEVICE)
         return self.tables[seat].long()[places // self.block] * self.block + places % self.block
 
+    def stored(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as they are in the cache, float64."""
+        return self.cache.read(0, slots, torch.float64)
+
+    def check_written(self, slot: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """The key and value of a new position are in the cache, ``[KV, D]`` each, as the plain path writes them."""
+        read = self.stored(slot[None])
+        if not self.cache.in_8_bits:
+            assert relative(read[0][0], k) < tolerance(self.dtype)
+            assert relative(read[1][0], v) < tolerance(self.dtype)
+            return
+        like = PagedKVTensors(1, 4, torch.device(DEVICE), self.dtype)
+        like.reserve([(self.kv, self.dim, self.dim)])
+        like.store_as(self.cache.precision)
+        first = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        like.write(0, first, k[None].float(), v[None].float())
+        for got, expected, scale in zip(read, like.read(0, first, torch.float64), like.scales(0) or (), strict=True):
+            step = scale[0, :, None].expand_as(got)
+            if self.cache.precision == "fp8":
+                if not CUDA:  # the interpreter loses the carry where it rounds up to a power of two
+                    assert relative(got, expected) < 0.2
+                    continue
+                step = (expected.abs() / 8).maximum(step / 512)
+            away = (got - expected).abs() / step
+            assert away.max() < 1.001, "never more than a step"
+            assert (away > 1e-3).double().mean() < 0.05, "and that where it was between two"
+
+    def check_untouched(self, written: torch.Tensor) -> None:
+        """Nothing but the slots ``written`` changed."""
+        kept = torch.ones(len(self.tensors[0]), dtype=torch.bool, device=DEVICE)
+        kept[written] = False
+        for now, before in zip(self.tensors, self.before, strict=True):
+            assert torch.equal(now.view(torch.uint8)[kept], before[kept]), "nothing else was written"
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, window: int) -> torch.Tensor:
         first = max(0, position + 1 - window) if window else 0
         k, v = (each[first : position + 1].double().repeat_interleave(self.heads // self.kv, 1) for each in (k, v))
@@ -156,15 +219,15 @@ class Case:
         return torch.einsum("hs,shd->hd", weights, v)
 
 
+@pytest.mark.parametrize("precision", KV)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "bias", "norm"), [(0, False, True), (20, True, False)])
 def test_decode_attention_over_scattered_blocks_agrees_with_float64(
-    dtype: torch.dtype, window: int, bias: bool, norm: bool
+    dtype: torch.dtype, window: int, bias: bool, norm: bool, precision: str
 ) -> None:
     lengths = [1, 8, 9, 64, 65, 300]
-    case = Case(dtype, lengths, bias=bias, norm=norm)
     for splits in (1, 4):
-        keys, values = case.keys.clone(), case.values.clone()
+        case = Case(dtype, lengths, bias=bias, norm=norm, precision=precision)
         qkv = torch.randn(len(lengths) + 1, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
         out = torch.full((len(qkv), case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
         positions = torch.tensor([*(length - 1 for length in lengths), -1], device=DEVICE, dtype=torch.int32)
@@ -177,33 +240,32 @@ def test_decode_attention_over_scattered_blocks_agrees_with_float64(
         counters = torch.zeros(count, dtype=torch.int32, device=DEVICE)
         scratch = count * splits * kernels.padded_group(case.heads // case.kv)
         kernels.attend_decode(
-            given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables, keys, values,
-            out, torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
+            given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin, positions, seats, case.tables,
+            *case.tensors, out, torch.empty(scratch * case.dim, device=DEVICE),
+            torch.empty(scratch * 2, device=DEVICE), counters,
             scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits, block=16,
-            order=order,
+            order=order, scales=case.cache.scales(0),
         )  # fmt: skip
         q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
         for row, length in enumerate(lengths):
             slots = case.slots(row, length)
-            assert relative(keys[slots[-1]], k[row]) < tolerance(dtype), "the key is in the cache"
-            assert relative(values[slots[-1]], v[row]) < tolerance(dtype)
-            expected = case.attend(q[row], keys[slots], values[slots], length - 1, window)
+            case.check_written(slots[-1], k[row], v[row])
+            expected = case.attend(q[row], *case.stored(slots), length - 1, window)
             assert relative(out[row], expected.flatten()) < 2 * tolerance(dtype), f"context {length}, {splits} splits"
         assert not out[-1].any(), "padding attends to nothing"
         assert not counters.any(), "the counters are ready for the next step"
-        written = torch.cat([case.slots(row, length)[-1:] for row, length in enumerate(lengths)])
-        untouched = torch.ones(len(keys), dtype=torch.bool, device=DEVICE)
-        untouched[written] = False
-        assert torch.equal(keys[untouched], case.keys[untouched]), "nothing else was written"
+        case.check_untouched(torch.cat([case.slots(row, length)[-1:] for row, length in enumerate(lengths)]))
 
 
+@pytest.mark.parametrize("precision", KV)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "bias", "norm"), [(0, True, True), (20, False, False)])
 def test_attention_of_prompts_and_single_positions_agrees_with_float64(
-    dtype: torch.dtype, window: int, bias: bool, norm: bool
+    dtype: torch.dtype, window: int, bias: bool, norm: bool, precision: str
 ) -> None:
     starts, counts = [0, 30, 63], [50, 1, 45]
-    case = Case(dtype, [start + count for start, count in zip(starts, counts, strict=True)], bias=bias, norm=norm)
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    case = Case(dtype, lengths, bias=bias, norm=norm, precision=precision)
     total = sum(counts)
     qkv = torch.randn(total, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
     positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
@@ -219,23 +281,23 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
     q, k, v = case.heads_of(qkv, positions.long())
     vectors = (case.bias, case.q_gain, case.k_gain, case.cos, case.sin)
     kernels.rotate_write(
-        qkv, *vectors, positions, seats, case.tables, case.keys, case.values,
-        eps=1e-6, block_size=case.block, rotate=True,
+        qkv, *vectors, positions, seats, case.tables, *case.tensors,
+        eps=1e-6, block_size=case.block, rotate=True, scales=case.cache.scales(0),
     )  # fmt: skip
     out = torch.full((total, case.heads * case.dim), torch.nan, device=DEVICE, dtype=dtype)
     kernels.attend_varlen(
-        qkv, torch.tensor(tiles, device=DEVICE, dtype=torch.int32), case.tables, case.keys, case.values, out,
-        scale=case.dim**-0.5, block_size=case.block, window=window, block=16,
+        qkv, torch.tensor(tiles, device=DEVICE, dtype=torch.int32), case.tables, *case.tensors, out,
+        scale=case.dim**-0.5, block_size=case.block, window=window, block=16, scales=case.cache.scales(0),
     )  # fmt: skip
     for row in range(total):
         seat, position = int(seats[row]), int(positions[row])
         slots = case.slots(seat, position + 1)
-        assert relative(case.keys[slots[-1]], k[row]) < tolerance(dtype)
-        assert relative(case.values[slots[-1]], v[row]) < tolerance(dtype)
-        expected = case.attend(q[row], case.keys[slots], case.values[slots], position, window)
+        case.check_written(slots[-1], k[row], v[row])
+        expected = case.attend(q[row], *case.stored(slots), position, window)
         assert relative(out[row], expected.flatten()) < 4 * tolerance(dtype), f"request {seat}, position {position}"
 
 
+@pytest.mark.parametrize("precision", KV)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("begins", "counts", "depth", "window", "bias", "norm"),
@@ -246,16 +308,23 @@ def test_attention_of_prompts_and_single_positions_agrees_with_float64(
     ],
 )
 def test_attention_of_a_few_positions_each_agrees_with_float64(
-    dtype: torch.dtype, begins: list[int], counts: list[int], depth: int, window: int, bias: bool, norm: bool
+    dtype: torch.dtype,
+    begins: list[int],
+    counts: list[int],
+    depth: int,
+    window: int,
+    bias: bool,
+    norm: bool,
+    precision: str,
 ) -> None:
-    case = Case(dtype, [begin + count for begin, count in zip(begins, counts, strict=True)], bias=bias, norm=norm)
+    lengths = [begin + count for begin, count in zip(begins, counts, strict=True)]
     total, places = sum(counts), [sum(counts[:n]) for n in range(len(counts))]
     positions = torch.cat([torch.arange(b, b + c) for b, c in zip(begins, counts, strict=True)])
     positions = torch.cat([positions, torch.tensor([-1])]).to(DEVICE, torch.int32)
     seats = [seat for seat, count in enumerate(counts) for _ in range(count)]
     segments = [each for pair in zip(places, counts, strict=True) for each in pair]
     for splits in (1, 4):
-        keys, values = case.keys.clone(), case.values.clone()
+        case = Case(dtype, lengths, bias=bias, norm=norm, precision=precision)
         qkv = torch.randn(total + 1, (case.heads + 2 * case.kv) * case.dim, device=DEVICE).to(dtype)
         part = torch.randn_like(qkv, dtype=torch.float32)
         given = qkv if splits == 1 else torch.stack([qkv.float() - part, part])
@@ -266,38 +335,41 @@ def test_attention_of_a_few_positions_each_agrees_with_float64(
         kernels.attend_verify(
             given, case.bias, case.q_gain, case.k_gain, case.cos, case.sin,
             torch.tensor([*segments, 0, 0], device=DEVICE, dtype=torch.int32).view(-1, 2), positions,
-            torch.tensor([*seats, -1], device=DEVICE, dtype=torch.int32), case.tables, keys, values, out,
+            torch.tensor([*seats, -1], device=DEVICE, dtype=torch.int32), case.tables, *case.tensors, out,
             torch.empty(scratch * case.dim, device=DEVICE), torch.empty(scratch * 2, device=DEVICE), counters,
             scale=case.dim**-0.5, eps=1e-6, block_size=case.block, window=window, rotate=True, splits=splits,
-            depth=depth, block=16,
+            depth=depth, block=16, scales=case.cache.scales(0),
         )  # fmt: skip
         q, k, v = case.heads_of(qkv[:-1], positions[:-1].long())
-        written = torch.zeros(len(keys), dtype=torch.bool, device=DEVICE)
+        written = []
         for row in range(total):
             position = int(positions[row])
             slots = case.slots(seats[row], position + 1)
-            assert relative(keys[slots[-1]], k[row]) < tolerance(dtype), "the key is in the cache"
-            assert relative(values[slots[-1]], v[row]) < tolerance(dtype)
-            expected = case.attend(q[row], keys[slots], values[slots], position, window)
+            case.check_written(slots[-1], k[row], v[row])
+            expected = case.attend(q[row], *case.stored(slots), position, window)
             difference = relative(out[row], expected.flatten())
             assert difference < 4 * tolerance(dtype), f"request {seats[row]}, position {position}, {splits} splits"
-            written[slots[-1]] = True
+            written.append(slots[-1])
         assert out[-1].isnan().all(), "a row of no request is left alone"
         assert not counters.any(), "the counters are ready for the next step"
-        assert torch.equal(keys[~written], case.keys[~written]), "nothing else was written"
+        case.check_untouched(torch.stack(written))
 
 
 @pytest.mark.parametrize(
-    ("name", "mixed_decode_rows"),
+    ("name", "mixed_decode_rows", "precision"),
     [
-        ("mistral-window", 1),
-        ("qwen3", 100),
-        *([("llama-mha", 1), ("qwen3", 1), ("mistral-window", 100)] if CUDA else []),
+        ("mistral-window", 1, "master"),
+        ("qwen3", 100, "master"),
+        ("qwen3", 1, "int8"),
+        *([("llama-mha", 1, "master"), ("qwen3", 1, "master"), ("mistral-window", 100, "master")] if CUDA else []),
+        *([("mistral-window", 100, each) for each in IN_8_BITS] if CUDA else []),
     ],
 )
 def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_step(
-    name: str, mixed_decode_rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, mixed_decode_rows: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Both paths round alike, but for numbers that were between two: one of those moves a score by a thousandth.
+    allowed = 1e-5 if precision == "master" else 2e-3
     monkeypatch.setattr(runner, "MIXED_DECODE_ROWS", mixed_decode_rows)
     monkeypatch.setattr(runner, "SORTED_ROWS", mixed_decode_rows)
     model: Any = build(name).to(DEVICE)
@@ -305,6 +377,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
     tensors = PagedKVTensors(64, 16, torch.device(DEVICE), torch.float32)
     config = model.config
     tensors.reserve([(config.num_key_value_heads, 16, 16)] * config.num_hidden_layers)
+    tensors.store_as(precision)
     plain = ModelRunner(model, tensors)
     fast = GpuRunner(fuse(model, torch.float32, 400), plain, 400, 4)
     requests = []
@@ -331,7 +404,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
         plan = StepPlan(number, items, use_cache=True)
         expected = plain.forward(plan, plain.prepare(plan)).clone()
         got = fast.forward(plan, fast.prepare(plan))
-        assert relative(got, expected) <= 1e-5, (
+        assert relative(got, expected) <= allowed, (
             f"step {number}: {[relative(*rows) for rows in zip(got, expected, strict=True)]}"
         )
         assert fast.greedy is not None
@@ -347,13 +420,14 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
     for request, start in after:
         del request.tokens[start:]
     got = fast.forward(plan, fast.prepare(plan))
-    assert relative(got, expected) <= 1e-5
-    # Positions in the middle of prompts, one each: nothing is chosen.
-    middle = [Scheduled(request, 3, 1, Kind.RECOMPUTE, sample=False) for request in (a, b)]
-    plan = StepPlan(len(steps), middle, use_cache=True)
-    assert len(fast.forward(plan, fast.prepare(plan))) == 0
-    assert fast.greedy is not None
-    assert fast.greedy.tolist() == []
+    assert relative(got, expected) <= allowed
+    # Positions in the middle of prompts, one each or several: nothing is chosen.
+    for count in (1, 2):
+        middle = [Scheduled(request, 3, count, Kind.RECOMPUTE, sample=False) for request in (a, b)]
+        plan = StepPlan(len(steps), middle, use_cache=True)
+        assert len(fast.forward(plan, fast.prepare(plan))) == 0
+        assert fast.greedy is not None
+        assert fast.greedy.tolist() == []
     # Proposals to verify, beside single positions: logits of them all, but for a position in the middle of a prompt.
     a.tokens.append(5)
     c.tokens.append(8)
@@ -374,7 +448,7 @@ def test_the_gpu_runner_gives_the_logits_of_the_plain_path_for_every_shape_of_st
             assert (packed.shape is not None) == bool(depths)
             got = fast.forward(plan, packed)
             assert len(got) == sample + 1 + len(drafts) + 2 * len(more)
-            assert relative(got, expected) <= 1e-5
+            assert relative(got, expected) <= allowed
             assert fast.greedy is not None
             assert not fast.greedy.final, "the host decides"
             assert fast.greedy.tolist() == got.argmax(-1).tolist()

@@ -29,6 +29,7 @@ from inference_server.protocol import Kind, SamplingParams
 
 SCHEMES = [
     Scheme(8),
+    Scheme(8, grid="float"),
     Scheme(8, 32),
     *(Scheme(4, group, grid) for group in (32, 64, 96, 128) for grid in GRIDS),
     Scheme(3, 32, "symmetric"),
@@ -155,6 +156,7 @@ def test_every_number_of_rows_has_a_tile_and_room_for_its_parts(n: int, k: int) 
 
 FORMATS = [
     WeightFormat(Scheme(8), Scheme(8)),
+    WeightFormat(Scheme(8, grid="float"), Scheme(8, grid="float")),
     WeightFormat(Scheme(4, 32, "minimum"), HEAD_OF_INT4),
     WeightFormat(Scheme(4, 64, "symmetric"), HEAD_OF_INT4),
     WeightFormat(Scheme(4, 128, "zero-point"), HEAD_OF_INT4),

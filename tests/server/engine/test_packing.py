@@ -9,7 +9,7 @@ from fast_operations import run_operation
 pytest.importorskip("numba")
 
 from inference_server.engine.cpu import kernels
-from inference_server.engine.quantization import packing
+from inference_server.engine.quantization import packing, planes
 from inference_server.engine.quantization.packing import GRIDS, PackedMatrix, Rounded, Scheme
 
 SCHEMES = [
@@ -117,6 +117,23 @@ def test_weights_on_a_grid_of_gguf_are_packed_without_loss(scheme: Scheme) -> No
     weight = rounded.dequantize()
     packed = packing.quantize(weight, scheme)
     assert torch.equal(packed.dequantize(), weight)
+
+
+def test_floating_point_weights_are_rounded_to_the_nearest_number_and_come_back_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 128)
+    weight[3] = 0
+    packed = planes.quantize(weight, Scheme(8, grid="float"))
+    every = torch.arange(256).to(torch.uint8).view(packing.FLOAT).float()
+    every = every[~every.isnan()]
+    scaled = torch.nan_to_num(weight / packed.unpack().scale)
+    nearest = (scaled[..., None] - every).abs().amin(-1)
+    stored = packed.unpack()
+    assert torch.allclose((scaled - stored.values.view(packing.FLOAT).float()).abs(), nearest, atol=1e-4)
+    assert torch.equal(packed.dequantize(), stored.dequantize())
+    assert not packed.dequantize()[3].any()
+    with pytest.raises(ValueError, match="floating-point weights have 8 bits"):
+        Scheme(4, 32, "float")
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import build
-from serving import DEVICE, GREEDY, generate, run, submit
+from serving import DEVICE, GREEDY, generate, run, submit, switch
 from serving import engine_for as build_engine
 from test_sampling import DRAWS, PARAMETERS, VOCABULARY, expected_distribution
 from test_structured import SCHEMA
@@ -130,11 +130,10 @@ def test_a_model_that_says_the_same_is_always_right(model: Any, method: str) -> 
     assert steps == [([], [])] + [([4] * 3, [4] * 3)] * 5, "after the prompt, five tokens a step"
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="8-bit keys and values are for the CPU so far")
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("switch", [{"kv_cache_dtype": "int8"}, {"weight_precision": "int3"}])
+@pytest.mark.parametrize("precision", [{"kv_cache_dtype": "int8"}, {"weight_precision": "int3"}])
 def test_the_first_layers_read_what_the_model_reads_after_a_switch_of_precision(
-    model: Any, switch: dict[str, Any], fast: bool
+    model: Any, precision: dict[str, Any], fast: bool
 ) -> None:
     features = {"speculation": "early_exit", "early_exit_layers": 2, "fast_path": fast}
     prompts = {handle: repetitive(9 + 5 * handle, handle) for handle in range(8)}
@@ -144,14 +143,9 @@ def test_the_first_layers_read_what_the_model_reads_after_a_switch_of_precision(
             submit(engine, handle, prompt, max_tokens=26, **GREEDY)
         return run(engine)
 
-    def throw(values: dict[str, Any]) -> None:
-        engine.set_features(0, values)
-        engine.weights.wait()
-        engine.take_news()  # completes a switch that waited for its weights
-
     engine = engine_for(with_idle_last_layer(model), features=features)
     before = answers(engine)
-    throw(switch)
+    switch(engine, precision)
     accepted, drafted = [], []
     for handle, prompt in prompts.items():
         submit(engine, handle, prompt, max_tokens=26, **GREEDY)
@@ -163,11 +157,11 @@ def test_the_first_layers_read_what_the_model_reads_after_a_switch_of_precision(
         drafted += report.drafted
         for handle, token in zip(report.tokens.request, report.tokens.token_id, strict=True):
             said[handle].append(token)
-    assert said == answers(engine_for(with_idle_last_layer(model), features={"fast_path": fast, **switch}))
+    assert said == answers(engine_for(with_idle_last_layer(model), features={"fast_path": fast, **precision}))
     # With other weights the layers before the last, which does nothing here, would propose other tokens. (In 8 bits
     # keys and values are rounded, and a pass of one position may round one otherwise than a pass of five.)
-    assert sum(accepted) >= (1.0 if "weight_precision" in switch else 0.9) * sum(drafted)
-    throw(dict.fromkeys(switch, "master"))
+    assert sum(accepted) >= (1.0 if "weight_precision" in precision else 0.9) * sum(drafted)
+    switch(engine, dict.fromkeys(precision, "master"))
     assert answers(engine) == before
 
 

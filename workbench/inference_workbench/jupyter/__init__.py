@@ -1,6 +1,7 @@
 """The Jupyter server extension: ``<base_url>/inference-workbench/…``, one inference server per Jupyter server.
 
 ``<base_url>/inference-workbench-servers`` lists all servers of this user, and has each of them below its instance.
+``<base_url>/inference-workbench-teach`` opens JupyterLab with the teaching layout.
 
 Enabled by ``jupyter-config/inference_workbench.json``. Importing it costs a Jupyter server almost nothing: the front
 process is started by the first request that needs it, and neither torch nor the client is imported here.
@@ -21,6 +22,8 @@ PROXY_NAME = "inference-workbench"
 """Path segment under the Jupyter server's base URL."""
 SERVERS_NAME = "inference-workbench-servers"
 """Path segment of the list of servers, and above each of them."""
+TEACH_NAME = "inference-workbench-teach"
+"""Path segment that leads to the teaching layout."""
 
 
 def add_handlers(web_app: Any, front: FrontProcess) -> None:
@@ -30,10 +33,12 @@ def add_handlers(web_app: Any, front: FrontProcess) -> None:
 
     from inference_workbench.jupyter.handler import OtherServerProxyHandler, WorkbenchProxyHandler  # noqa: PLC0415
     from inference_workbench.jupyter.listing import ServersHandler  # noqa: PLC0415
+    from inference_workbench.jupyter.teach import TeachHandler  # noqa: PLC0415
     from inference_workbench.jupyter.upstream import OwnServer  # noqa: PLC0415
 
-    root = url_path_join(web_app.settings["base_url"], PROXY_NAME)
-    servers = url_path_join(web_app.settings["base_url"], SERVERS_NAME)
+    root, servers, teach = (
+        url_path_join(web_app.settings["base_url"], name) for name in (PROXY_NAME, SERVERS_NAME, TEACH_NAME)
+    )
     web_app.add_handlers(
         ".*",
         [
@@ -41,6 +46,7 @@ def add_handlers(web_app: Any, front: FrontProcess) -> None:
             (root, AddSlashHandler),
             (servers, ServersHandler, {"front": front}),
             (servers + r"/[0-9A-Za-z_-]+(/.*)", OtherServerProxyHandler),
+            (teach, TeachHandler),
         ],
     )
 

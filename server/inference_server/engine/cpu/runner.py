@@ -133,7 +133,7 @@ class FastRunner(Capturing):
         """Be able to keep the hidden states that enter some layers."""
         self.capture_layers = layers
         self._captured = torch.zeros(0)
-        self.rebuild()
+        self._rebuild()
 
     # -- kernels by measurement ----------------------------------------------------------------------------------------
 
@@ -194,10 +194,10 @@ class FastRunner(Capturing):
     def use(self, variant: Variant | None) -> None:
         """Read a packed copy of the weights from the next step on, or with ``None`` the master."""
         self._variant = variant
-        self.rebuild()
+        self._rebuild()
 
-    def rebuild(self) -> None:
-        """Take up that the cache's tensors lie elsewhere, or that other weights are read."""
+    def _rebuild(self) -> None:
+        """Take up that keys and values are stored otherwise, or that other weights are read."""
         self._bound.clear()
         self._build()
 
@@ -228,6 +228,8 @@ class FastRunner(Capturing):
     def prepare(self, plan: StepPlan) -> PackedStep:
         """Pack a plan. Work per request and step does not grow with the length of its context."""
         size = self.tensors.block_size
+        if self.tensors.precision != self._precision:
+            self._rebuild()
         if plan.moves_blocks or plan.step != self._last_step + 1:
             # A copy on write replaced a block in the middle of a table, or may have while the other path ran.
             self._tables.clear()
@@ -260,7 +262,7 @@ class FastRunner(Capturing):
                 slots += [blocks[position // size] * size + position % size for position in range(start, end)]
             if item.count > LONG_SEGMENT:
                 # In 8 bits what is attended to is what was stored, however the prompt is cut into steps.
-                alone = start == 0 and not self.tensors.int8
+                alone = start == 0 and not self.tensors.in_8_bits
                 context = None if alone else torch.from_numpy(slots_of(request.blocks, end, size))
                 segments.append(_Segment(offset, item.count, start, context))
                 continue
@@ -380,6 +382,7 @@ class FastRunner(Capturing):
             self._parameters[kernels.P_PARTIALS] = self._partials.data_ptr()
 
     def _build(self) -> None:
+        self._precision = self.tensors.precision
         a, bf16 = self.architecture, self._bf16
         eps = float_bits(a.eps)
         program: list[list[int]] = []
@@ -415,7 +418,7 @@ class FastRunner(Capturing):
                 program.append([kernels.OP_CAPTURE, self._residual.data_ptr(), a.hidden, place, total])
             linear(self._normed, layer.qkv, self._qkv)
             scales = [0, 0]
-            if self.tensors.int8:
+            if self.tensors.in_8_bits:
                 scales = [self.tensors.key_scales[index].data_ptr(), self.tensors.value_scales[index].data_ptr()]
             extras = [_pointer(layer.qkv_bias), _pointer(layer.q_norm), _pointer(layer.k_norm), eps]
             qkv, attended = self._qkv.data_ptr(), self._attended.data_ptr()

@@ -280,46 +280,33 @@ def embed(ids: Tensor, seats: Tensor, last: Tensor, table: Tensor, residual: Ten
 
 @triton.jit
 def _norm_kernel(
-    residual, delta, gain, out, select, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, SELECT: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    residual, delta, gain, out, apart, HIDDEN: tl.constexpr, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     _wait(PDL)
-    source = row
-    if SELECT:
-        source = tl.load(select + row).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < HIDDEN
-    x = tl.load(residual + source * HIDDEN + column, mask=mask, other=0.0)
+    x = tl.load(residual + row * HIDDEN + column, mask=mask, other=0.0)
     for part in tl.static_range(PARTS):
-        x += tl.load(delta + part * apart + source * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0 and not SELECT:
-        tl.store(residual + source * HIDDEN + column, x, mask=mask)
+        x += tl.load(delta + part * apart + row * HIDDEN + column, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        tl.store(residual + row * HIDDEN + column, x, mask=mask)
     factor = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     y = x * factor * tl.load(gain + column, mask=mask, other=0.0)
     tl.store(out + row * HIDDEN + column, y.to(out.dtype.element_ty), mask=mask)
 
 
 def add_norm(
-    residual: Tensor,
-    delta: Tensor | None,
-    gain: Tensor,
-    eps: float,
-    out: Tensor,
-    *,
-    select: Tensor | None = None,
-    pdl: bool = False,
+    residual: Tensor, delta: Tensor | None, gain: Tensor, eps: float, out: Tensor, *, pdl: bool = False
 ) -> None:
-    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first.
-
-    With ``select`` only these rows are normalized, and the sum is not kept.
-    """
+    """``residual += delta``, and its RMS norm into ``out``; a ``delta`` of ``[parts, rows, hidden]`` is summed first."""
     rows, hidden = out.shape
     block = triton.next_power_of_2(hidden)
     parts = 0 if delta is None else delta.shape[0] if delta.dim() == 3 else 1
     apart = residual.shape[0] * hidden
     start(_norm_kernel, (rows,))(
-        residual, delta, gain, out, select, apart, hidden, eps, parts, select is not None, block, pdl,
+        residual, delta, gain, out, apart, hidden, eps, parts, block, pdl,
         num_warps=8 if block >= 4096 else 4, **launch_options(pdl),
     )  # fmt: skip
 
@@ -386,6 +373,104 @@ def _rotated(base, place, apart, bias, gain, heads, position, cos, sin, eps, PAR
 
 
 @triton.jit
+def _factors(peak, cache):
+    """Scales of heads whose largest number is ``peak``, in a ``cache`` of 8 bits, and what brings them to its range."""
+    largest: tl.constexpr = 127.0 if cache.dtype.element_ty == tl.int8 else 448.0
+    scale = tl.div_rn(peak, peak * 0.0 + largest)
+    return scale, tl.where(scale > 0.0, tl.div_rn(scale * 0.0 + 1.0, scale), 0.0)
+
+
+@triton.jit
+def _rounded(x, cache):
+    """Numbers in the range of a ``cache`` of 8 bits as it has them: with :func:`_factors`, what the plain path writes."""
+    if cache.dtype.element_ty == tl.int8:
+        # Added to 1.5 times 2 ** 23 a number is rounded to the nearest integer, of two the even one.
+        x = ((x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    else:
+        x = x.to(cache.dtype.element_ty)
+    return x
+
+
+def field_of_two(shift: int, body: str) -> tl.constexpr:
+    """Inline assembly that shifts two units right by ``shift`` into t, and goes on."""
+    begin = f"shr.b32 t, $1, {shift};" if shift else "mov.b32 t, $1;"
+    return tl.constexpr("{ .reg .b32 t, a, b; " + begin + " " + body + " }")
+
+
+_INTEGER = (
+    "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; "
+    "mov.b32 t, 0xbf80bf80; fma.rn.bf16x2 $0, b, t, a;"
+)
+"""128 + the lower seven bits, minus 128 or 256 by the sign bit: two's complement, exactly."""
+INTEGER0, INTEGER1 = (field_of_two(shift, _INTEGER) for shift in (0, 8))
+_FLOAT = (
+    "and.b32 a, a, 0x07f007f0; lop3.b32 a, a, b, 0x80008000, 0xf8; "
+    "mov.b32 b, 0x7b807b80; mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, a, b, t;"
+)
+"""Exponent and fraction where a bfloat16 has its own, and the sign, times 2 ** 120: exact, also where it is denormal."""
+FLOAT0 = field_of_two(0, "shl.b32 a, t, 4; shl.b32 b, t, 8; " + _FLOAT)
+FLOAT1 = field_of_two(0, "shr.b32 a, t, 4; mov.b32 b, t; " + _FLOAT)
+
+
+@triton.jit
+def _units(cache, place, inside, D: tl.constexpr):
+    """Heads of 8 bits at ``place`` as units of two neighbours, ``[n, D / 2]``.
+
+    The matrix units take numbers of 16 bits two rows at a time; bytes they would have to be handed one by one.
+    """
+    pair = tl.arange(0, D // 2)
+    units = cache.to(tl.pointer_type(tl.int16), bitcast=True)
+    return tl.load(units + place[:, None] // 2 + pair[None, :], mask=inside[:, None], other=0)
+
+
+@triton.jit
+def _bytes(unit, cache, ODD: tl.constexpr, like):
+    """The first or the second of each unit's two numbers, exactly, in the type of ``like``."""
+    integers: tl.constexpr = cache.dtype.element_ty == tl.int8
+    if like.dtype == tl.bfloat16:
+        integer: tl.constexpr = INTEGER1 if ODD else INTEGER0
+        number: tl.constexpr = FLOAT1 if ODD else FLOAT0
+        assembly: tl.constexpr = integer if integers else number
+        value = tl.inline_asm_elementwise(assembly, "=r,r", [unit], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        value = (unit >> (8 * ODD)).to(tl.int8)
+        if not integers:
+            value = value.to(cache.dtype.element_ty, bitcast=True)
+        value = value.to(like.dtype)
+    return value
+
+
+@triton.jit
+def _halves(heads):
+    """The even elements of heads ``[n, D]``, and the odd ones."""
+    return tl.split(tl.reshape(heads, (heads.shape[0], heads.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _joined(even, odd):
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+
+
+@triton.jit
+def _store(k, v, keys, values, key_scales, value_scales, place, given, D: tl.constexpr, SCALED: tl.constexpr):
+    """Write keys and values ``[n, D]`` to heads ``place`` of the cache; return them as they are there, and their scales."""
+    at, mask = place[:, None] * D + tl.arange(0, D)[None, :], given[:, None]
+    k_scale = tl.full(place.shape, 1.0, tl.float32)
+    v_scale = k_scale
+    if SCALED:
+        k_scale, k_factor = _factors(tl.max(tl.abs(k), axis=1), keys)
+        v_scale, v_factor = _factors(tl.max(tl.abs(v), axis=1), values)
+        k, v = _rounded(k * k_factor[:, None], keys), _rounded(v * v_factor[:, None], values)
+        tl.store(key_scales + place, k_scale, mask=given)
+        tl.store(value_scales + place, v_scale, mask=given)
+    else:
+        k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
+    tl.store(keys + at, k, mask=mask)
+    tl.store(values + at, v, mask=mask)
+    return k, v, k_scale, v_scale
+
+
+@triton.jit
 def _gather(total, largest, weight, target, own, g, rows, slot0, split, active, partial, state, counter,
             D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Leave what a split found; the last to finish adds up all of them, in order: the sum is the same whoever that is.
@@ -418,11 +503,11 @@ def _gather(total, largest, weight, target, own, g, rows, slot0, split, active, 
 
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_decode_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
-    scale, eps, table_width, block_size, apart,
+    qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, key_scales, value_scales, out,
+    partial, state, counters, scale, eps, table_width, block_size, apart,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WINDOW: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PARTS: tl.constexpr, ORDERED: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
+    ORDERED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -449,6 +534,9 @@ def _attend_decode_kernel(
         line = tl.arange(0, LINES) * (D // LINES)
         ask(keys + place[:, None] + line[None, :])
         ask(values + place[:, None] + line[None, :])
+        if SCALED:
+            ask(key_scales + place // D)
+            ask(value_scales + place // D)
     _wait(PDL)
     g = tl.arange(0, GP)
     d = tl.arange(0, D)
@@ -473,32 +561,51 @@ def _attend_decode_kernel(
             heads = head * G + g
             q = _rotated(base, heads * D, apart, bias, q_gain, heads, position, cos, sin, eps, PARTS, D, BIAS, NORM, ROTATE,
                          False, own)  # fmt: skip
-            q = (q * (scale * LOG2E)).to(keys.dtype.element_ty)
+            q = (q * (scale * LOG2E)).to(out.dtype.element_ty)
             if WIDE:
                 q = q.to(tl.float32)
             largest = tl.full((GP,), float("-inf"), dtype=tl.float32)
             weight = tl.zeros((GP,), dtype=tl.float32)
             total = tl.zeros((GP, D), dtype=tl.float32)
+            if SCALED:
+                q_even, q_odd = _halves(q)
+                total, odd = _halves(total)
             for start in tl.range(begin, stop, BLOCK, num_stages=STAGES):
                 p = start + tl.arange(0, BLOCK)
                 inside = p < stop
                 slot = tl.load(table + p // block_size, mask=inside, other=0)
                 place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
-                k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-                if WIDE:
-                    k = k.to(tl.float32)
-                scores = tl.dot(q, tl.trans(k), input_precision=precision)
+                if SCALED:
+                    k = _units(keys, place, inside, D)
+                    scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
+                    scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
+                    scores *= tl.load(key_scales + place // D, mask=inside, other=0.0)[None, :]
+                else:
+                    k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+                    if WIDE:
+                        k = k.to(tl.float32)
+                    scores = tl.dot(q, tl.trans(k), input_precision=precision)
                 scores = tl.where(inside[None, :], scores, float("-inf"))
                 peak = tl.maximum(largest, tl.max(scores, axis=1))
                 factor = tl.exp2(largest - peak)
                 shares = tl.exp2(scores - peak[:, None])
                 weight = weight * factor + tl.sum(shares, axis=1)
-                v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-                if WIDE:
-                    v = v.to(tl.float32)
                 total = total * factor[:, None]
-                total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+                if SCALED:
+                    odd = odd * factor[:, None]
+                    shares = shares * tl.load(value_scales + place // D, mask=inside, other=0.0)[None, :]
+                    shares = shares.to(q.dtype)
+                    v = _units(values, place, inside, D)
+                    total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
+                    odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
+                else:
+                    v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+                    if WIDE:
+                        v = v.to(tl.float32)
+                    total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
                 largest = peak
+            if SCALED:
+                total = _joined(total, odd)
             if split == active - 1:
                 one = tl.arange(0, 1)
                 k_new = _rotated(base, (H + head + one) * D, apart, bias, k_gain, H + head + one, position, cos, sin, eps,
@@ -508,16 +615,27 @@ def _attend_decode_kernel(
                     v_new += tl.load(base + part * apart + (H + KV + head) * D + d).to(tl.float32)
                 if BIAS:
                     v_new += tl.load(bias + (H + KV + head) * D + d)
-                k_new = tl.reshape(k_new, (D,)).to(keys.dtype.element_ty)
-                v_new = v_new.to(values.dtype.element_ty)
+                k_new = tl.reshape(k_new, (D,))
                 here = tl.load(table + position // block_size).to(tl.int64) * block_size + position % block_size
+                if SCALED:
+                    k_scale, k_factor = _factors(tl.max(tl.abs(k_new), axis=0), keys)
+                    v_scale, v_factor = _factors(tl.max(tl.abs(v_new), axis=0), values)
+                    k_new, v_new = _rounded(k_new * k_factor, keys), _rounded(v_new * v_factor, values)
+                    tl.store(key_scales + here * KV + head, k_scale)
+                    tl.store(value_scales + here * KV + head, v_scale)
+                else:
+                    k_new, v_new = k_new.to(keys.dtype.element_ty), v_new.to(values.dtype.element_ty)
                 tl.store(keys + here * (KV * D) + head * D + d, k_new)
                 tl.store(values + here * (KV * D) + head * D + d, v_new)
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], axis=1)
+                if SCALED:
+                    score *= k_scale
                 peak = tl.maximum(largest, score)
                 factor = tl.exp2(largest - peak)
                 share_new = tl.exp2(score - peak)
                 weight = weight * factor + share_new
+                if SCALED:
+                    share_new *= v_scale
                 total = total * factor[:, None] + share_new[:, None] * v_new.to(tl.float32)[None, :]
                 largest = peak
             if active == 1:
@@ -530,9 +648,10 @@ def _attend_decode_kernel(
 
 @triton.jit(do_not_specialize=["first", "table_width", "block_size"])
 def _rotate_write_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, table_width, block_size,
+    qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, key_scales, value_scales, first, eps,
+    table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, KP: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = first + tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
@@ -540,7 +659,7 @@ def _rotate_write_kernel(
     base = qkv + row * ((H + 2 * KV) * D)
     if position >= 0:
         block = tl.load(tables + tl.load(seats + row) * table_width + position // block_size).to(tl.int64)
-        here = (block * block_size + position % block_size) * (KV * D)
+        here = (block * block_size + position % block_size) * KV
         h = tl.arange(0, HP)
         mask = (h < H)[:, None]
         q = _rotated(base, h * D, 0, bias, q_gain, h, position, cos, sin, eps, 1, D, BIAS, NORM, ROTATE, False, mask)
@@ -554,29 +673,36 @@ def _rotate_write_kernel(
         # Each element of q was read by two threads (its head is rotated in halves): all reads before any write.
         tl.debug_barrier()
         tl.store(base + h[:, None] * D + d[None, :], q.to(qkv.dtype.element_ty), mask=mask)
-        place = here + j[:, None] * D + d[None, :]
-        tl.store(keys + place, k.to(keys.dtype.element_ty), mask=owned)
-        tl.store(values + place, v.to(values.dtype.element_ty), mask=owned)
+        _store(k, v, keys, values, key_scales, value_scales, here + j, j < KV, D, SCALED)
 
 
 @triton.jit
 def _attend_tiles(
-    q, position, keys, values, table, low, stop, largest, weight, total, scale, block_size, head,
-    KV: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    q, position, keys, values, key_scales, value_scales, table, low, stop, largest, weight, total, scale, block_size, head,
+    KV: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a tile of queries to the positions ``[low, stop)``, added to what it attended to before."""
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     d = tl.arange(0, D)
+    if SCALED:
+        q_even, q_odd = _halves(q)
+        total, odd = _halves(total)
     for start in tl.range(low, stop, BLOCK, num_stages=STAGES):
         p = start + tl.arange(0, BLOCK)
         inside = p < stop
         slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
         where = slot * (KV * D) + head * D
-        k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            k = k.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+        if SCALED:
+            k = _units(keys, where, inside, D)
+            scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
+            scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
+            scores *= tl.load(key_scales + where // D, mask=inside, other=0.0)[None, :] * (scale * LOG2E)
+        else:
+            k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+            if WIDE:
+                k = k.to(tl.float32)
+            scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
         if MASKED:
             seen = (p[None, :] <= position[:, None]) & inside[None, :]
             if WINDOW > 0:
@@ -587,20 +713,30 @@ def _attend_tiles(
         factor = tl.exp2(largest - peak)
         shares = tl.exp2(scores - peak[:, None])
         weight = weight * factor + tl.sum(shares, axis=1)
-        v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            v = v.to(tl.float32)
         total = total * factor[:, None]
-        total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
+        if SCALED:
+            odd = odd * factor[:, None]
+            shares = shares * tl.load(value_scales + where // D, mask=inside, other=0.0)[None, :]
+            shares = shares.to(q.dtype)
+            v = _units(values, where, inside, D)
+            total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
+            odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
+        else:
+            v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+            if WIDE:
+                v = v.to(tl.float32)
+            total = tl.dot(shares.to(v.dtype), v, total, input_precision=precision)
         largest = peak
+    if SCALED:
+        total = _joined(total, odd)
     return largest, weight, total
 
 
 @triton.jit(do_not_specialize=["table_width", "block_size"])
 def _attend_varlen_kernel(
-    qkv, tiles, tables, keys, values, out, scale, table_width, block_size,
+    qkv, tiles, tables, keys, values, key_scales, value_scales, out, scale, table_width, block_size,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -628,12 +764,12 @@ def _attend_varlen_kernel(
         # Positions that every query of the tile sees need no mask.
         masked = begin // BLOCK * BLOCK
         largest, weight, total = _attend_tiles(
-            q, position, keys, values, table, 0, masked, largest, weight, total, scale, block_size, head,
-            KV, D, WINDOW, False, BLOCK, IEEE, WIDE, STAGES,
+            q, position, keys, values, key_scales, value_scales, table, 0, masked, largest, weight, total, scale,
+            block_size, head, KV, D, WINDOW, False, SCALED, BLOCK, IEEE, WIDE, STAGES,
         )  # fmt: skip
     largest, weight, total = _attend_tiles(
-        q, position, keys, values, table, masked, begin + count, largest, weight, total, scale, block_size, head,
-        KV, D, WINDOW, True, BLOCK, IEEE, WIDE, STAGES,
+        q, position, keys, values, key_scales, value_scales, table, masked, begin + count, largest, weight, total, scale,
+        block_size, head, KV, D, WINDOW, True, SCALED, BLOCK, IEEE, WIDE, STAGES,
     )  # fmt: skip
     target = out + place[:, None] * (H * D) + query_head[:, None] * D + d[None, :]
     tl.store(target, (total / tl.maximum(weight, 1e-30)[:, None]).to(out.dtype.element_ty), mask=own)
@@ -641,11 +777,11 @@ def _attend_varlen_kernel(
 
 @triton.jit(do_not_specialize=["table_width", "block_size", "splits"])
 def _attend_verify_kernel(
-    qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, out, partial, state, counters,
-    scale, eps, table_width, block_size, apart, splits,
+    qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, key_scales, value_scales, out,
+    partial, state, counters, scale, eps, table_width, block_size, apart, splits,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, G: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     NEW: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, IEEE: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -677,15 +813,15 @@ def _attend_verify_kernel(
             stride = (H + 2 * KV) * D
             q = _rotated(qkv, place * stride + heads * D, apart, bias, q_gain, heads, position, cos, sin, eps, PARTS, D,
                          BIAS, NORM, ROTATE, True, own)  # fmt: skip
-            q = q.to(keys.dtype.element_ty)
+            q = q.to(out.dtype.element_ty)
             if WIDE:
                 q = q.to(tl.float32)
             largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
             weight = tl.zeros((ROWS,), dtype=tl.float32)
             total = tl.zeros((ROWS, D), dtype=tl.float32)
             largest, weight, total = _attend_tiles(
-                q, position, keys, values, table, start, tl.minimum(start + share, begin), largest, weight, total, scale,
-                block_size, head, KV, D, WINDOW, True, BLOCK, IEEE, WIDE, STAGES,
+                q, position, keys, values, key_scales, value_scales, table, start, tl.minimum(start + share, begin),
+                largest, weight, total, scale, block_size, head, KV, D, WINDOW, True, SCALED, BLOCK, IEEE, WIDE, STAGES,
             )  # fmt: skip
             if split == active - 1:
                 n = tl.arange(0, NEW)
@@ -700,14 +836,13 @@ def _attend_verify_kernel(
                     v += tl.load(from_v + part * apart, mask=given[:, None], other=0.0).to(tl.float32)
                 if BIAS:
                     v += tl.load(bias + (H + KV + head) * D + d)[None, :]
-                k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)
                 slot = tl.load(table + (begin + n) // block_size, mask=given, other=0).to(tl.int64)
-                here = (slot * block_size + (begin + n) % block_size) * (KV * D) + head * D
-                tl.store(keys + here[:, None] + d[None, :], k, mask=given[:, None])
-                tl.store(values + here[:, None] + d[None, :], v, mask=given[:, None])
-                if WIDE:
-                    k, v = k.to(tl.float32), v.to(tl.float32)
+                here = (slot * block_size + (begin + n) % block_size) * KV + head
+                k, v, k_scale, v_scale = _store(k, v, keys, values, key_scales, value_scales, here, given, D, SCALED)
+                k, v = k.to(q.dtype), v.to(q.dtype)
                 scores = tl.dot(q, tl.trans(k), input_precision=precision) * (scale * LOG2E)
+                if SCALED:
+                    scores *= k_scale[None, :]
                 seen = (n[None, :] <= token[:, None]) & given[None, :]
                 if WINDOW > 0:
                     seen = seen & (n[None, :] > token[:, None] - WINDOW)
@@ -716,6 +851,8 @@ def _attend_verify_kernel(
                 factor = tl.exp2(largest - peak)
                 shares = tl.exp2(scores - peak[:, None])
                 weight = weight * factor + tl.sum(shares, axis=1)
+                if SCALED:
+                    shares *= v_scale[None, :]
                 total = tl.dot(shares.to(v.dtype), v, total * factor[:, None], input_precision=precision)
                 largest = peak
             target = out + place[:, None] * (H * D) + heads[:, None] * D + d[None, :]
@@ -799,6 +936,10 @@ def scatter(target: Tensor, where: Tensor, what: Tensor) -> None:
     start(_scatter_kernel, (triton.cdiv(count, 128),))(target, where, what, count, 128, num_warps=1)
 
 
+Scales = tuple[Tensor, Tensor]
+"""Of keys and values in 8 bits, float32 ``[slots, KV]`` each."""
+
+
 def launch_options(pdl: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if pdl else {}
 
@@ -806,6 +947,23 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 def decode_splits(batch: int, kv_heads: int) -> int:
     """How many programs share one request's context: enough to fill the device at small batches."""
     return max(1, min(32, int(triton.next_power_of_2(triton.cdiv(256, batch * kv_heads)))))
+
+
+def _decode_tile(rows: int, *, wide: bool, narrow: bool) -> tuple[int, int, int]:
+    """Positions of a tile of :func:`attend_decode`, warps and stages, by measurement (docs/gpu-performance.md).
+
+    ``wide`` is float32, ``narrow`` a cache in 8 bits: there not more threads than positions, or each thread fetches every
+    scale that it needs itself.
+    """
+    if narrow:
+        return (64, 2, 2 if wide else 3) if rows < 16 else (128, 4, 2)
+    if wide:
+        return 64, 4, 2
+    if rows < 16:
+        return 64, 4, 3
+    if rows < 128:
+        return 128, 8, 2
+    return 64, 2, 5
 
 
 def attend_decode(
@@ -835,6 +993,7 @@ def attend_decode(
     block: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
+    scales: Scales | None = None,
     pdl: bool = False,
 ) -> None:
     """One new position for each row: bias, q/k norm and rotation, its write to the cache, and its attention.
@@ -848,7 +1007,7 @@ def attend_decode(
     tables : Tensor
         int32 ``[seats, width]``, cache blocks of each seat.
     keys, values : Tensor
-        ``[slots, KV, D]``
+        ``[slots, KV, D]``, of the model's type, or of 8 bits.
     out : Tensor
         ``[B, H D]``
     partial, state, counters : Tensor
@@ -856,20 +1015,21 @@ def attend_decode(
         ``B · KV`` int32 that are 0 between calls.
     order : Tensor, optional
         int32 ``[B]``: the rows in the order in which to start them.
+    scales : tuple of Tensor, optional
+        Of keys and values in 8 bits, float32 ``[slots, KV]`` each.
     """
     kv, d = keys.shape[1], keys.shape[2]
     rows, h = out.shape[0], out.shape[1] // d
     parts = qkv.shape[0] if qkv.dim() == 3 else 1
-    if block is None:  # by measurement (docs/gpu-performance.md)
-        block = 64 if rows < 16 or keys.dtype == torch.float32 else 128
-    warps = warps or (8 if block == 128 and rows < 128 else 4)
-    stages = stages or (2 if block == 128 or keys.dtype == torch.float32 else 3)
+    wide = out.dtype == torch.float32
+    tile = _decode_tile(rows, wide=wide, narrow=scales is not None)
+    block, warps, stages = block or tile[0], warps or tile[1], stages or tile[2]
     start(_attend_decode_kernel, (kv, rows, splits))(
-        qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, out, partial, state, counters,
-        scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
+        qkv, bias, q_gain, k_gain, cos, sin, order, positions, seats, tables, keys, values, *(scales or (None, None)), out,
+        partial, state, counters, scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1],
         h, kv, d, h // kv, padded_group(h // kv), window,
-        bias is not None, q_gain is not None, rotate, parts, order is not None, splits, block,
-        keys.dtype == torch.float32, INTERPRETED, stages, pdl and not INTERPRETED,
+        bias is not None, q_gain is not None, rotate, scales is not None, parts, order is not None, splits, block,
+        wide, INTERPRETED, stages, pdl and not INTERPRETED,
         triton.cdiv(d * keys.element_size(), 128), pdl,
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
@@ -908,6 +1068,7 @@ def attend_verify(
     block: int | None = None,
     warps: int | None = None,
     stages: int | None = None,
+    scales: Scales | None = None,
     pdl: bool = False,
 ) -> None:
     """A few new positions of each request: what :func:`attend_decode` does, reading each context once for all of them.
@@ -932,13 +1093,14 @@ def attend_verify(
     parts = qkv.shape[0] if qkv.dim() == 3 else 1
     tile = verify_rows(depth, h // kv)
     if warps is None:  # by measurement (docs/gpu-performance.md)
-        warps = 8 if tile > 64 or segments.shape[0] < 8 else 4
-    wide = keys.dtype == torch.float32
+        warps = 8 if tile > 64 or (segments.shape[0] < 8 and scales is None) else 4
+    block = block or (128 if scales is not None and warps == 4 and out.dtype != torch.float32 else 64)
+    wide = out.dtype == torch.float32
     start(_attend_verify_kernel, (kv, segments.shape[0], splits))(
-        qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, out, partial, state, counters,
-        scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1], splits,
+        qkv, bias, q_gain, k_gain, cos, sin, segments, positions, seats, tables, keys, values, *(scales or (None, None)),
+        out, partial, state, counters, scale, eps, tables.shape[1], block_size, rows * qkv.shape[-1], splits,
         h, kv, d, h // kv, depth, tile, max(16, depth), window,
-        bias is not None, q_gain is not None, rotate, parts, block or 64, wide, INTERPRETED,
+        bias is not None, q_gain is not None, rotate, scales is not None, parts, block, wide, INTERPRETED,
         stages or (2 if wide else 3), pdl,
         num_warps=warps, **launch_options(pdl),
     )  # fmt: skip
@@ -966,14 +1128,16 @@ def rotate_write(
     block_size: int,
     rotate: bool,
     first: int = 0,
+    scales: Scales | None = None,
 ) -> None:
     """Bias, q/k norm and rotation, queries in place, keys and values into the cache, of the rows from ``first`` on."""
     kv, d = keys.shape[1], keys.shape[2]
     h = qkv.shape[1] // d - 2 * kv
     start(_rotate_write_kernel, (qkv.shape[0] - first,))(
-        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, first, eps, tables.shape[1],
-        block_size,
+        qkv, bias, q_gain, k_gain, cos, sin, positions, seats, tables, keys, values, *(scales or (None, None)), first, eps,
+        tables.shape[1], block_size,
         h, kv, d, triton.next_power_of_2(h), triton.next_power_of_2(kv), bias is not None, q_gain is not None, rotate,
+        scales is not None,
         num_warps=8,
     )  # fmt: skip
 
@@ -993,6 +1157,7 @@ def attend_varlen(
     block: int = 64,
     warps: int = 8,
     stages: int = 2,
+    scales: Scales | None = None,
 ) -> None:
     """Attention of many positions, after :func:`rotate_write`.
 
@@ -1001,7 +1166,8 @@ def attend_varlen(
     kv, d = keys.shape[1], keys.shape[2]
     h = out.shape[1] // d
     start(_attend_varlen_kernel, (kv, tiles.shape[0]))(
-        qkv, tiles, tables, keys, values, out, scale, tables.shape[1], block_size,
-        h, kv, d, h // kv, rows // (h // kv), window, rows, block, keys.dtype == torch.float32, INTERPRETED, stages,
+        qkv, tiles, tables, keys, values, *(scales or (None, None)), out, scale, tables.shape[1], block_size,
+        h, kv, d, h // kv, rows // (h // kv), window, scales is not None, rows, block, out.dtype == torch.float32,
+        INTERPRETED, stages,
         num_warps=warps,
     )  # fmt: skip

@@ -29,17 +29,20 @@ from inference_server.engine.gpu import kernels
 from inference_server.engine.gpu.packed_tiles import PackedTile, VectorTile, vector_tile
 from inference_server.engine.quantization.planes import UNITS, PlaneMatrix
 
-ROW, SYMMETRIC, ZERO_POINT, MINIMUM = (tl.constexpr(number) for number in range(4))
-"""What stands behind the rows: a scale of a whole row, or for each group a scale alone or with an offset."""
+FLOAT, ROW, SYMMETRIC, ZERO_POINT, MINIMUM = (tl.constexpr(number) for number in range(-1, 4))
+"""What stands behind the rows: a scale of a whole row, or for each group a scale alone or with an offset.
+
+Up to ``ROW`` it is the first; what it scales are floating-point numbers or integers.
+"""
 VECTOR = 8
 """Units that a thread takes at once: 16 bytes."""
 
 
 def grid_number(matrix: PlaneMatrix) -> int:
-    """Which of the four a matrix has, as the kernels number them."""
+    """Which of these a matrix has, as the kernels number them."""
     scheme = matrix.scheme
     if scheme.bits == 8:
-        return 1 if scheme.group else 0
+        return -1 if scheme.grid == "float" else 1 if scheme.group else 0
     return {"symmetric": 1, "zero-point": 2, "minimum": 3}[scheme.grid]
 
 
@@ -113,6 +116,32 @@ def _byte(word, BIT: tl.constexpr):
     else:
         biased = ((word & (0xFF << BIT)) ^ (0x4B000000 | (0x80 << BIT))).to(tl.float32, bitcast=True)
     return biased - (8388608.0 + 128.0 * (1 << BIT))
+
+
+FLOATS = tl.constexpr(
+    "{ .reg .b16 l, h, a, b; .reg .b32 t; mov.b32 {l, h}, $4; "
+    "cvt.rn.f16x2.e4m3x2 t, l; mov.b32 {a, b}, t; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; "
+    "cvt.rn.f16x2.e4m3x2 t, h; mov.b32 {a, b}, t; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }"
+)
+
+
+@triton.jit
+def _float(word, BIT: tl.constexpr):
+    """The byte at a bit as the floating-point number that it is."""
+    return ((word >> BIT) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _floats(word):
+    """The four bytes of a word, the lowest first, as the floating-point numbers that they are."""
+    if ASSEMBLY:
+        numbers = tl.inline_asm_elementwise(
+            FLOATS, "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        numbers = _float(word, 0), _float(word, 8), _float(word, 16), _float(word, 24)
+    return numbers
 
 
 @triton.jit
@@ -281,11 +310,16 @@ def _quick_sums4(
 
 @triton.jit
 def _sums8(word, even0, odd0, even1, odd1, number, COUNT: tl.constexpr, GRID: tl.constexpr):
-    """The same of 8-bit words, with one group, two, or (``GRID`` 0) none."""
-    high = word >> 16
-    first = _byte(word, 0) * even0[None] + _byte(high, 0) * odd0[None]
-    second = _byte(word, 8) * even1[None] + _byte(high, 8) * odd1[None]  # these inputs were divided by 256
-    if GRID == 0:
+    """The same of 8-bit words, with one group, two, or (``GRID`` up to 0) none."""
+    if GRID < 0:
+        byte0, byte1, byte2, byte3 = _floats(word)
+        first = byte0 * even0[None] + byte2 * odd0[None]
+        second = byte1 * even1[None] + byte3 * odd1[None]
+    else:
+        high = word >> 16
+        first = _byte(word, 0) * even0[None] + _byte(high, 0) * odd0[None]
+        second = _byte(word, 8) * even1[None] + _byte(high, 8) * odd1[None]  # these inputs were divided by 256
+    if GRID <= 0:
         added = tl.sum(first + second, axis=2)
     elif COUNT == 1:
         added = number.to(tl.float32, bitcast=True) * tl.sum(first + second, axis=2)
@@ -390,19 +424,20 @@ def _vector_kernel(
                     up += _sums4(here_up, even0, odd0, even1, odd1, even2, odd2, even3, odd3,
                                  numbers_up, COUNT, GRID, BN, V)  # fmt: skip
         else:
-            even1, odd1 = even1 / 256, odd1 / 256
+            if GRID >= 0:
+                even1, odd1 = even1 / 256, odd1 / 256
             total += _sums8(here, even0, odd0, even1, odd1, numbers_here, COUNT, GRID)
             if GATED:
                 up += _sums8(here_up, even0, odd0, even1, odd1, numbers_up, COUNT, GRID)
     result = tl.sum(total, axis=1)
-    if GRID == 0:
+    if GRID <= 0:
         result = result * tl.load(numbers + n, mask=n < N, other=0).to(tl.float32, bitcast=True)
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
         result = result * factor
     if GATED:
         below_sum = tl.sum(up, axis=1)
-        if GRID == 0:
+        if GRID <= 0:
             below_sum = below_sum * tl.load(numbers + N + n, mask=n < N, other=0).to(tl.float32, bitcast=True)
         if NORM:
             below_sum = below_sum * factor
@@ -461,7 +496,7 @@ def groups_of_block(matrix: PlaneMatrix) -> int:
     """How many numbers a block has: 1 where it lies within a group, else 2 or (for 4 bits) 4."""
     planes, group = matrix.planes, matrix.group
     span = 32 * planes
-    if grid_number(matrix) == 0 or group % span == 0:
+    if grid_number(matrix) <= 0 or group % span == 0:
         return 1
     return 2 if planes == 4 and group == 64 else planes
 
@@ -469,26 +504,18 @@ def groups_of_block(matrix: PlaneMatrix) -> int:
 # -- few rows ----------------------------------------------------------------------------------------------------------
 
 
-def _take(shift: int, body: str) -> tl.constexpr:
-    """Inline assembly that shifts two units right by ``shift`` into t, and goes on."""
-    begin = f"shr.b32 t, $1, {shift};" if shift else "mov.b32 t, $1;"
-    return tl.constexpr("{ .reg .b32 t, a, b; " + begin + " " + body + " }")
-
-
 _NIBBLE = "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; mov.b32 a, 0x43084308; sub.rn.bf16x2 $0, t, a;"
 """128 + q has its q in the last bits of a bfloat16; minus 136 it is q - 8, exactly."""
-_BYTE = (
-    "lop3.b32 a, t, 0x007f007f, 0x43004300, 0xea; lop3.b32 b, t, 0x00800080, 0x43004300, 0xea; sub.rn.bf16x2 $0, a, b;"
-)
-"""128 + the lower seven bits, minus 128 or 256 by the sign bit: two's complement, exactly."""
-NIBBLE0, NIBBLE1, NIBBLE2, NIBBLE3 = (_take(shift, _NIBBLE) for shift in (0, 4, 8, 12))
-BYTE0, BYTE1 = (_take(shift, _BYTE) for shift in (0, 8))
+NIBBLE0, NIBBLE1, NIBBLE2, NIBBLE3 = (kernels.field_of_two(shift, _NIBBLE) for shift in (0, 4, 8, 12))
+BYTE0, BYTE1, FLOAT0, FLOAT1 = kernels.INTEGER0, kernels.INTEGER1, kernels.FLOAT0, kernels.FLOAT1
 
 
 @triton.jit
-def _integers(unit, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr):
-    """A field of each unit: ``q - 8`` or the signed byte, as bfloat16, or as float32 where ``WIDE``."""
-    if WIDE:
+def _integers(unit, PLANE: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, WIDE: tl.constexpr):
+    """A field of each unit: ``q - 8``, the signed byte or the number it is, as bfloat16, or float32 where ``WIDE``."""
+    if GRID < 0 and WIDE:
+        value = _float(unit.to(tl.int32), 8 * PLANE)
+    elif WIDE:
         whole = unit.to(tl.int32)
         if BITS == 4:
             value = ((whole >> (4 * PLANE)) & 15).to(tl.float32) - 8.0
@@ -498,7 +525,9 @@ def _integers(unit, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr)
         low: tl.constexpr = NIBBLE0 if PLANE == 0 else NIBBLE1
         high: tl.constexpr = NIBBLE2 if PLANE == 2 else NIBBLE3
         byte: tl.constexpr = BYTE0 if PLANE == 0 else BYTE1
-        assembly: tl.constexpr = byte if BITS == 8 else low if PLANE < 2 else high
+        number: tl.constexpr = FLOAT0 if PLANE == 0 else FLOAT1
+        field: tl.constexpr = byte if BITS == 8 else low if PLANE < 2 else high
+        assembly: tl.constexpr = number if GRID < 0 else field
         value = tl.inline_asm_elementwise(assembly, "=r,r", [unit], dtype=tl.bfloat16, is_pure=True, pack=2)
     return value
 
@@ -548,9 +577,9 @@ def _weights(
     COUNT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block's weights in the order of their columns, scaled unless by rows: ``[BN, 32 planes]``."""
-    first, second = _integers(unit, 0, BITS, WIDE), _integers(unit, 1, BITS, WIDE)
+    first, second = _integers(unit, 0, BITS, GRID, WIDE), _integers(unit, 1, BITS, GRID, WIDE)
     if BITS == 4:
-        third, fourth = _integers(unit, 2, BITS, WIDE), _integers(unit, 3, BITS, WIDE)
+        third, fourth = _integers(unit, 2, BITS, GRID, WIDE), _integers(unit, 3, BITS, GRID, WIDE)
     if GRID > 0:
         scale, centre = _group(numbers, col, known, column, groups, GROUP, GRID)
         first = _scaled(first, scale, centre, GRID, WIDE)
@@ -571,15 +600,15 @@ def _weights(
 
 
 @triton.jit
-def _group_integers(unit, PART: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr,
-                    WIDE: tl.constexpr):  # fmt: skip
+def _group_integers(unit, PART: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr, COUNT: tl.constexpr,
+                    BN: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The integers of a block's ``PART``-th group in the order of their columns."""
     each: tl.constexpr = 16 // BITS // COUNT
-    tile = _integers(unit, PART * each, BITS, WIDE)
+    tile = _integers(unit, PART * each, BITS, GRID, WIDE)
     if each > 1:
-        tile = _side_by_side(tile, _integers(unit, PART * each + 1, BITS, WIDE), BN)
+        tile = _side_by_side(tile, _integers(unit, PART * each + 1, BITS, GRID, WIDE), BN)
     if each == 4:
-        rest = _side_by_side(_integers(unit, 2, BITS, WIDE), _integers(unit, 3, BITS, WIDE), BN)
+        rest = _side_by_side(_integers(unit, 2, BITS, GRID, WIDE), _integers(unit, 3, BITS, GRID, WIDE), BN)
         tile = _side_by_side(tile, rest, BN)
     return tile
 
@@ -614,7 +643,7 @@ def _after(
     GROUP: tl.constexpr, COUNT: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add a group's product, scaled when it is done."""
-    q = _group_integers(unit, PART, BITS, COUNT, BN, WIDE)
+    q = _group_integers(unit, PART, BITS, GRID, COUNT, BN, WIDE)
     scale, centre = _group(numbers, col, known, column, groups, GROUP, GRID)
     if GRID > 1:
         same, _ = tl.broadcast(centre.to(q.dtype)[:, None], q)
@@ -686,7 +715,7 @@ def _few_rows_kernel(
             acc = tl.dot(tile, a, acc, input_precision="ieee")
             if GATED:
                 up = tl.dot(tile_up, a, up, input_precision="ieee")
-    if GRID == 0:
+    if GRID <= 0:
         acc *= tl.load(numbers + col, mask=known, other=0).to(tl.float32, bitcast=True)[:, None]
         if GATED:
             up *= tl.load(numbers + n + col, mask=known, other=0).to(tl.float32, bitcast=True)[:, None]
@@ -766,6 +795,8 @@ def _expand_kernel(
             else:
                 offset = -8.0 * scale
             value = ((unit >> (4 * plane)) & 15).to(tl.float32) * scale[:, :, None] + offset[:, :, None]
+        elif GRID < 0:
+            value = _float(unit, 8 * plane) * scale[:, :, None]
         else:
             value = ((unit << (24 - 8 * plane)) >> 24).to(tl.float32) * scale[:, :, None]
         value = tl.reshape(value.to(out.dtype.element_ty), (BN, BLOCKS * 32))

@@ -75,6 +75,8 @@ class Shape(NamedTuple):
     """Requests, where some have more than a position; 0 where every row is another request."""
     depth: int = 1
     """The most positions of one request."""
+    kv: str = "master"
+    """How keys and values are stored, and so where they lie."""
 
 
 @dataclass(slots=True)
@@ -201,6 +203,10 @@ class GpuRunner:
         self._verify_rows = next(each for each in VERIFY_ROWS if each >= min(max(32, 8 * rows), VERIFY_ROWS[-1]))
         self._ahead = False
         """Kernels are compiled before they are needed."""
+        self._compiled_with = {self.tensors.precision}
+        """Precisions of keys and values whose kernels were compiled before they were needed."""
+        self._compiler: threading.Thread | None = None
+        self._compile_errors: dict[str, str] = {}
         self._verifying: Buffers | None = None
         """Of verifying steps; there once the first was met."""
         self.novel = False
@@ -239,10 +245,6 @@ class GpuRunner:
         self._weights = weights_of(self.architecture, variant)
         self._graphs = self._master_graphs if variant is None else self._packed_graphs.setdefault(variant, {})
 
-    def rebuild(self) -> None:
-        """Take up that the cache's tensors lie elsewhere."""
-        self._reset_tables()
-
     @property
     def buffer_bytes(self) -> int:
         """Memory of activations and logits."""
@@ -257,7 +259,7 @@ class GpuRunner:
         weights = weights_of(self.architecture, variant)
         with kernels.compiling():
             for bucket in [bucket for bucket in BUCKETS if bucket <= self._rows]:
-                self._decode(self._buffers, bucket, weights)
+                self._decode(self._buffers, bucket, self.tensors, weights)
             self._compile_many(weights)
 
     @torch.inference_mode()
@@ -271,37 +273,85 @@ class GpuRunner:
         """
         with kernels.compiling():
             for bucket in {BUCKETS[0], self._rows}:
-                self._decode(self._buffers, bucket)
-            # Steps of prompts alone, and beside as many single positions as take other tiles each.
-            beside = [singles for singles in (0, MIXED_DECODE_ROWS, 128) if singles < most]
-            for singles in beside:
-                rows, kept, tiles = singles + 4, [0], 1
-                length = 3 * _aligned(rows) + 2 * _aligned(1) + 4 * tiles + _aligned(singles)
-                inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
-                self._mixed_step(PackedStep(0, length, rows, None, kept, singles, tiles, 0), inputs)
-            kernels.scatter(self._tables, inputs[:1], inputs[4:5])
+                self._decode(self._buffers, bucket, self.tensors)
+            self._compile_mixed(most, self.tensors)
+            number = torch.zeros(1, dtype=torch.int32, device=self.device)
+            kernels.scatter(self._tables, number, number)
             if self._fits(VERIFY_DEPTHS[0]):
                 self._verifying = self._reserve_verifying()
-                self._verify(self._verifying, Shape(VERIFY_ROWS[1], 2, VERIFY_DEPTHS[0]))
+                self._verify(self._verifying, Shape(VERIFY_ROWS[1], 2, VERIFY_DEPTHS[0]), self.tensors)
 
     def compile_ahead(self) -> None:
         """Compile the kernels of every other batch size in a thread of its own, while steps are served."""
         if self._cuda:
             self._ahead = True
-            threading.Thread(target=self._compile_rest, name="kernels", daemon=True).start()
+            cache = self.tensors.viewed_as(self.tensors.precision)
+            threading.Thread(target=self._compile_rest, args=(cache,), name="kernels", daemon=True).start()
 
     @torch.inference_mode()
-    def _compile_rest(self) -> None:
+    def _compile_rest(self, cache: PagedKVTensors) -> None:
         torch.cuda.set_device(self.device)
         # Sizes that are met first come first: the largest, as requests arrive, then down as they end.
         for bucket in reversed([bucket for bucket in BUCKETS if bucket <= self._rows]):
             with kernels.compiling():
-                self._decode(self._buffers, bucket)
+                self._decode(self._buffers, bucket, cache)
+
+    @property
+    def compiling(self) -> bool:
+        """Whether kernels for another precision of keys and values are being compiled."""
+        return self._compiler is not None and self._compiler.is_alive()
+
+    def take_error(self, precision: str) -> str | None:
+        """Why such a compilation failed, once."""
+        return self._compile_errors.pop(precision, None)
+
+    def ready_for(self, precision: str) -> bool:
+        """Whether kernels for a precision of keys and values are compiled; if not, begin to, while steps are served."""
+        if not self._cuda or precision in self._compiled_with:
+            return True
+        if not self.compiling:
+            self._compiler = threading.Thread(
+                target=self._compile_beside, args=(precision,), name="kernels", daemon=True
+            )
+            self._compiler.start()
+        return False
+
+    def _compile_beside(self, precision: str) -> None:
+        try:
+            self.compile_with(precision)
+        except Exception as error:  # noqa: BLE001 - whatever it is, whoever asked is told
+            self._compile_errors[precision] = f"Kernels for keys and values in {precision} do not compile: {error}"
+
+    @torch.inference_mode()
+    def compile_with(self, precision: str) -> None:
+        """Compile what steps need whose keys and values are stored in a precision; from any thread.
+
+        Kernels that read packed weights in other tiles are compiled when they are first launched.
+        """
+        if not self._cuda or precision in self._compiled_with:
+            return
+        torch.cuda.set_device(self.device)
+        cache = self.tensors.viewed_as(precision)
+        with kernels.compiling():
+            for bucket in [bucket for bucket in BUCKETS if bucket <= self._rows]:
+                self._decode(self._buffers, bucket, cache)
+            self._compile_mixed(self._most, cache)
+        if self._verifying is not None:
+            self._compile_verifying(cache)
+        self._compiled_with.add(precision)
+
+    def _compile_mixed(self, most: int, cache: PagedKVTensors) -> None:
+        """Compile steps of prompts alone, and beside as many single positions as take other tiles each."""
+        for singles in [singles for singles in (0, MIXED_DECODE_ROWS, 128) if singles < most]:
+            rows, kept, tiles = singles + 4, [0], 1
+            length = 3 * _aligned(rows) + 2 * _aligned(1) + 4 * tiles + _aligned(singles)
+            inputs = torch.zeros(length, dtype=torch.int32, device=self.device)
+            self._mixed_step(PackedStep(0, length, rows, None, kept, singles, tiles, 0), inputs, cache)
 
     def _compile_many(self, weights: Weights) -> None:
-        """Compile the products of steps with prompts."""
+        """Compile the products of steps with prompts: of all rows, and of the few whose token is chosen."""
         a, most = self.architecture, MOST_ROWS
-        for rows in (most, most + 1):
+        for rows in (16, 32, 64, most, most + 1):
             normed = torch.empty(rows, a.hidden, dtype=a.dtype, device=self.device)
             wide = torch.empty(rows, 2 * a.intermediate, dtype=a.dtype, device=self.device)
             attended = torch.empty(rows, a.heads * a.head_dim, dtype=a.dtype, device=self.device)
@@ -312,7 +362,7 @@ class GpuRunner:
             products.many(wide[:, : a.intermediate].contiguous(), layer.down, normed)
 
     @torch.inference_mode()
-    def _compile_verifying(self) -> None:
+    def _compile_verifying(self, cache: PagedKVTensors) -> None:
         """Compile the kernels of every shape of a verifying step, the smallest first, beside the serving."""
         torch.cuda.set_device(self.device)
         for depth in filter(self._fits, VERIFY_DEPTHS):
@@ -322,7 +372,7 @@ class GpuRunner:
                     break
                 with kernels.compiling():
                     for segments in (1, 8):  # attention takes other tiles for few requests
-                        self._verify(buffers, Shape(rows, segments, depth))
+                        self._verify(buffers, Shape(rows, segments, depth), cache)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -419,7 +469,9 @@ class GpuRunner:
         """How a step is captured; ``None`` where it cannot be."""
         count = len(items)
         if all(item.count == 1 for item in items):
-            return Shape(next(each for each in BUCKETS if each >= count)) if count <= self._rows else None
+            if count > self._rows:
+                return None
+            return Shape(next(each for each in BUCKETS if each >= count), kv=self.tensors.precision)
         rows, deepest = sum(item.count for item in items), max(item.count for item in items)
         # Not the end of a prompt, which is one of a kind.
         verifies = all(item.count == 1 or item.kind in {Kind.VERIFY, Kind.DRAFT} for item in items)
@@ -432,10 +484,11 @@ class GpuRunner:
             except torch.OutOfMemoryError:  # launched kernel by kernel it needs less
                 return None
             if self._ahead:
-                threading.Thread(target=self._compile_verifying, name="kernels", daemon=True).start()
+                cache = self.tensors.viewed_as(self.tensors.precision)
+                threading.Thread(target=self._compile_verifying, args=(cache,), name="kernels", daemon=True).start()
         # Requests that are not there cost next to nothing, so few numbers of them do.
         segments = 1 << (count - 1).bit_length()
-        return Shape(next(each for each in VERIFY_ROWS if each >= rows), segments, depth)
+        return Shape(next(each for each in VERIFY_ROWS if each >= rows), segments, depth, self.tensors.precision)
 
     def _fits(self, depth: int) -> bool:
         a = self.architecture
@@ -479,7 +532,7 @@ class GpuRunner:
             else:
                 logits, tokens = logits[:count], tokens[:count]
         else:
-            logits, tokens = self._mixed_step(packed, inputs)
+            logits, tokens = self._mixed_step(packed, inputs, self.tensors)
             count, self.novel = len(packed.kept), False
             offset = 3 * _aligned(packed.rows) + _aligned(count)
             seats = inputs[offset : offset + count]
@@ -547,9 +600,9 @@ class GpuRunner:
 
     def _launch(self, shape: Shape) -> None:
         if shape.segments:
-            self._verify(self._buffers_of(shape), shape)
+            self._verify(self._buffers_of(shape), shape, self.tensors)
         else:
-            self._decode(self._buffers, shape.rows)
+            self._decode(self._buffers, shape.rows, self.tensors)
 
     def _buffers_of(self, shape: Shape) -> Buffers:
         if not shape.segments:
@@ -559,7 +612,7 @@ class GpuRunner:
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def _decode(self, b: Buffers, rows: int, weights: Weights | None = None) -> None:
+    def _decode(self, b: Buffers, rows: int, cache: PagedKVTensors, weights: Weights | None = None) -> None:
         """One position for each of ``rows`` rows of the fixed buffers."""
         stride = _aligned(rows)
         ids, positions, seats, by_length = (b.inputs[part * stride :][:rows] for part in range(4))
@@ -567,11 +620,11 @@ class GpuRunner:
         splits = kernels.decode_splits(rows, self.architecture.kv_heads)
 
         def attend(index: int, projected: Tensor, out: Tensor) -> None:
-            self._attend(index, projected, positions, seats, out, order, splits=splits, pdl=self._pdl)
+            self._attend(cache, index, projected, positions, seats, out, order, splits=splits, pdl=self._pdl)
 
         self._few(b, rows, ids, seats, seats, attend, weights or self._weights)
 
-    def _verify(self, b: Buffers, shape: Shape) -> None:
+    def _verify(self, b: Buffers, shape: Shape, cache: PagedKVTensors) -> None:
         """A few positions for each of some requests."""
         rows = shape.rows
         stride = _aligned(rows)
@@ -580,7 +633,7 @@ class GpuRunner:
         segments = b.inputs[4 * stride :][: 2 * shape.segments].view(-1, 2)
 
         def attend(index: int, projected: Tensor, out: Tensor) -> None:
-            self._attend_segments(b, index, projected, segments, positions, seats, out, shape.depth)
+            self._attend_segments(b, cache, index, projected, segments, positions, seats, out, shape.depth)
 
         self._few(b, rows, ids, seats, newest, attend, self._weights)
 
@@ -636,6 +689,7 @@ class GpuRunner:
 
     def _attend(
         self,
+        cache: PagedKVTensors,
         index: int,
         qkv: Tensor,
         positions: Tensor,
@@ -654,8 +708,8 @@ class GpuRunner:
             positions,
             seats,
             self._tables,
-            self.tensors.keys[index],
-            self.tensors.values[index],
+            cache.keys[index],
+            cache.values[index],
             out,
             self._buffers.partial,
             self._buffers.state,
@@ -667,12 +721,14 @@ class GpuRunner:
             rotate=layer.rotate,
             splits=splits,
             order=order,
+            scales=cache.scales(index),
             pdl=pdl,
         )
 
     def _attend_segments(
         self,
         b: Buffers,
+        cache: PagedKVTensors,
         index: int,
         qkv: Tensor,
         segments: Tensor,
@@ -690,8 +746,8 @@ class GpuRunner:
             positions,
             seats,
             self._tables,
-            self.tensors.keys[index],
-            self.tensors.values[index],
+            cache.keys[index],
+            cache.values[index],
             out,
             b.partial,
             b.state,
@@ -703,10 +759,11 @@ class GpuRunner:
             rotate=layer.rotate,
             splits=kernels.decode_splits(len(segments), a.kv_heads),
             depth=depth,
+            scales=cache.scales(index),
             pdl=self._pdl,
         )
 
-    def _mixed_step(self, packed: PackedStep, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _mixed_step(self, packed: PackedStep, inputs: Tensor, cache: PagedKVTensors) -> tuple[Tensor, Tensor]:
         """Any step: some requests compute many positions."""
         a, weights, rows, count = self.architecture, self._weights, packed.rows, len(packed.kept)
         dtype, device = a.dtype, self.device
@@ -727,11 +784,11 @@ class GpuRunner:
         kernels.embed(ids, seats, self._last, a.embedding, residual)
         pending: Tensor | None = None
         for index, (layer, read) in enumerate(zip(a.layers, weights.layers, strict=True)):
-            keys, values = self.tensors.keys[index], self.tensors.values[index]
+            keys, values, scales = cache.keys[index], cache.values[index], cache.scales(index)
             kernels.add_norm(residual, pending, layer.input_norm, a.eps, normed)
             products.many(normed, read.qkv, qkv)
             if singles:
-                self._attend(index, qkv[:singles], positions, seats, attended[:singles], order, splits=1)
+                self._attend(cache, index, qkv[:singles], positions, seats, attended[:singles], order, splits=1)
             if packed.tiles:
                 kernels.rotate_write(
                     qkv,
@@ -745,6 +802,7 @@ class GpuRunner:
                     block_size=self._block_size,
                     rotate=layer.rotate,
                     first=singles,
+                    scales=scales,
                 )
                 kernels.attend_varlen(
                     qkv,
@@ -756,19 +814,23 @@ class GpuRunner:
                     scale=a.scaling,
                     block_size=self._block_size,
                     window=layer.window,
+                    scales=scales,
                 )
+            if index == len(a.layers) - 1:
+                # Of the last layer the cache has what it needs; beyond, only rows whose token is chosen count.
+                if not count:
+                    return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
+                attended, residual = attended.index_select(0, kept), residual.index_select(0, kept)
+                normed, delta, both, active = (each[:count] for each in (normed, delta, both, active))
             products.many(attended, read.output, delta)
             kernels.add_norm(residual, delta, layer.post_norm, a.eps, normed)
             products.many(normed, read.gate_up, both)
             kernels.silu_mul(both, active)
             products.many(active, read.down, delta)
             pending = delta
-        if not count:
-            return torch.empty(0, a.vocab, device=device), self._buffers.tokens[:0]
-        last = torch.empty(count, a.hidden, device=device, dtype=dtype)
-        kernels.add_norm(residual, pending, a.final_norm, a.eps, last, select=kept)
+        kernels.add_norm(residual, pending, a.final_norm, a.eps, normed)
         logits = torch.empty(count, a.vocab, device=device, dtype=dtype)
-        products.many(last, weights.head, logits)
+        products.many(normed, weights.head, logits)
         parts = -(-a.vocab // kernels.ARGMAX_BLOCK)
         best = torch.empty(count, parts, device=device)
         index_ = torch.empty(count, parts, device=device, dtype=torch.int32)

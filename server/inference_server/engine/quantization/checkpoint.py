@@ -88,6 +88,10 @@ def save(model: nn.Module, variant: Variant, source: Path, folder: Path) -> int:
             "The compressed-tensors format has no grid that begins at a group's minimum; switch int4_grid to "
             "zero-point or symmetric, and save that."
         )
+    if scheme.grid == "float":
+        raise FeatureError(
+            "Floating-point weights cannot be saved so far; switch weight_precision to int8, and save that."
+        )
     if scheme.bits == 3:
         raise FeatureError("3-bit weights are for looking at, not for keeping; save 4 or 8 bits.")
     try:

@@ -1,7 +1,8 @@
 """The packed form of a weight matrix: schemes, rounding to nearest, packing, and what the packed weights stand for.
 
 A scheme divides each row of a matrix into groups; the weights of a group are ``scale * q + offset`` for small integers
-``q``. In 8 bits there is no offset. In 4 bits the grid of a group is one of three:
+``q``. In 8 bits there is no offset, and ``q`` may be numbers of 8-bit floating point (e4m3) in place of integers. In 4
+bits the grid of a group is one of three:
 
 * symmetric: ``scale * (q - 8)``;
 * zero point: ``scale * (q - zero)`` with an integer zero, so that zero itself is on the grid;
@@ -19,9 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Grid = Literal["symmetric", "zero-point", "minimum"]
+Grid = Literal["symmetric", "zero-point", "minimum", "float"]
 GRIDS: tuple[Grid, ...] = ("symmetric", "zero-point", "minimum")
-"""In the order of the kernels' numbers for them."""
+"""Of integers, in the order of the kernels' numbers for them."""
+FLOAT = torch.float8_e4m3fn
+FLOAT_MOST = 448.0
 TILE = 8
 """Rows that are packed together."""
 BLOCK = 32
@@ -41,7 +44,8 @@ class Scheme:
         8 or 4, as stored. 3 and 2 use the first 8 and 4 values of a 4-bit grid, in 4-bit storage.
     group : int
         Weights that share a scale; 0 for a whole row.
-    grid : {"symmetric", "zero-point", "minimum"}
+    grid : {"symmetric", "zero-point", "minimum", "float"}
+        ``"float"`` in 8 bits alone, with a scale for a whole row.
     """
 
     bits: int
@@ -53,8 +57,10 @@ class Scheme:
             raise ValueError(f"weights are packed in 8, 4, 3 or 2 bits, not {self.bits}")
         if self.group % BLOCK:
             raise ValueError(f"a group has a multiple of {BLOCK} weights, not {self.group}")
-        if self.bits == 8 and self.grid != "symmetric":
-            raise ValueError("8-bit weights have a symmetric grid")
+        if self.bits == 8 and self.grid not in {"symmetric", "float"}:
+            raise ValueError("8-bit weights have a symmetric grid, or are floating point")
+        if self.grid == "float" and (self.bits != 8 or self.group):
+            raise ValueError("floating-point weights have 8 bits and a scale for each row")
 
     @property
     def stored_bits(self) -> int:
@@ -89,7 +95,7 @@ class Rounded:
     Attributes
     ----------
     values : Tensor
-        uint8 ``[rows, columns]``, or int8 in 8 bits.
+        uint8 ``[rows, columns]``, or int8 in 8 bits; the bits of floating-point weights are in int8 too.
     scale : Tensor
         float32 ``[rows, groups]``; representable in float16 where the scheme has fewer than 8 bits.
     offset : Tensor or None
@@ -113,6 +119,8 @@ class Rounded:
         groups = self.scale.shape[1]
         values = self.values.view(rows, groups, columns // groups)
         scale = self.scale[..., None]
+        if self.scheme.grid == "float":
+            values = values.view(FLOAT)
         if self.scheme.bits == 8:
             return (values.float() * scale).view(rows, columns)
         # A float16 times four bits is exact in float32, and so is its product with an integer zero of four bits: one
@@ -268,7 +276,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> Rounded:
 def grid_of(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
     """Scale and offset, each ``[…]``, of groups ``[…, weights]`` in float32, as they will be stored."""
     if scheme.bits == 8:
-        return groups.abs().amax(-1) / 127, None
+        return groups.abs().amax(-1) / (FLOAT_MOST if scheme.grid == "float" else 127), None
     steps = scheme.levels - 1
     if scheme.grid == "symmetric":
         return _half(groups.abs().amax(-1) / (steps / 2)), None
@@ -284,6 +292,8 @@ def grid_of(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
 def nearest(weights: Tensor, scale: Tensor, offset: Tensor | None, scheme: Scheme) -> Tensor:
     """The integers whose grid values are nearest to ``weights``; scale and offset broadcast to them."""
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    if scheme.grid == "float":
+        return (weights * inverse).clamp_(-FLOAT_MOST, FLOAT_MOST).to(FLOAT).view(torch.int8)
     if scheme.bits == 8:
         return (weights * inverse).round_().clamp_(-127, 127).to(torch.int8)
     if offset is None:

@@ -6,7 +6,7 @@ A row is a sequence of 16-bit units, 32 to a block. A unit holds two weights of 
 time. Rows end with a whole block: columns that the matrix does not have are zero.
 
 Behind the rows stand four bytes for each row and group: in 8 bits, and on a symmetric grid, the scale as float32; else
-scale and offset as float16. 8-bit weights are two's complement; on a symmetric 4-bit grid zero is 8.
+scale and offset as float16. 8-bit weights are two's complement, or e4m3; on a symmetric 4-bit grid zero is 8.
 """
 
 from __future__ import annotations

@@ -265,15 +265,24 @@ class Precision:
         if self._waiting is None or self._engine.weights.packing:
             return
         wanted, text = self._waiting
-        self._waiting = None
         engine = self._engine
+        if engine.gpu is not None:
+            if engine.gpu.compiling:
+                return
+            if (error := engine.gpu.take_error(wanted.kv_cache_dtype)) is not None:
+                self._waiting = None
+                self._fail(error)
+                return
+            if not engine.gpu.ready_for(wanted.kv_cache_dtype):
+                return
+        self._waiting = None
         if not engine.weights.ready(format_of(wanted)):
             error = engine.weights.take_error() or "its weights were not packed, because other ones were asked for"
             self._fail(str(error))
             return
         weights = format_of(wanted)
         variant = None if weights is None else engine.weights.get(weights)
-        sides = (self._side(None, int8=False), self._side(variant, int8=wanted.kv_cache_dtype == "int8"))
+        sides = (self._side(None, "master"), self._side(variant, wanted.kv_cache_dtype))
         label = _label(wanted)
         about = {
             "number": self._number,
@@ -296,9 +305,9 @@ class Precision:
         self._failure = why
         self._engine.tell(TaskProgress(TASK, 1.0, f"failed: {why}"))
 
-    def _side(self, variant: Variant | None, *, int8: bool) -> Side:
+    def _side(self, variant: Variant | None, kv: str) -> Side:
         engine = self._engine
-        tensors = quality.tensors_for(engine.runner.tensors, int8=int8)
+        tensors = quality.tensors_for(engine.runner.tensors, kv)
         if isinstance(engine.fast, WeightReader):
             runner = engine.fast.sibling(tensors)
             runner.use(variant)

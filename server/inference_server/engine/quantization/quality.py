@@ -215,14 +215,14 @@ class Measurement:
         )
 
 
-def tensors_for(like: PagedKVTensors, *, int8: bool) -> PagedKVTensors:
-    """A cache for one window, laid out as ``like``."""
+def tensors_for(like: PagedKVTensors, precision: str) -> PagedKVTensors:
+    """A cache for one window, laid out as ``like``, that stores in ``precision``."""
     tensors = PagedKVTensors(WINDOW // BLOCK, BLOCK, like.device, like.dtype)
     whole = like.whole
     half = len(whole) // 2
     pairs = zip(whole[:half], whole[half:], strict=True)
     tensors.reserve([(keys.shape[1], keys.shape[2], values.shape[2]) for keys, values in pairs])
-    tensors.store_as(int8=int8)
+    tensors.store_as(precision)
     return tensors
 
 

@@ -62,7 +62,7 @@ class WeightFormat:
     def label(self) -> str:
         """What step records call it."""
         if self.body.bits == 8:
-            return "int8"
+            return "fp8" if self.body.grid == "float" else "int8"
         return f"int{self.body.bits} g{self.body.group} {self.body.grid}{' gptq' if self.gptq else ''}"
 
 
@@ -72,6 +72,8 @@ def format_of(features: Features) -> WeightFormat | None:
         return None
     if features.weight_precision == "int8":
         return WeightFormat(Scheme(8), Scheme(8))
+    if features.weight_precision == "fp8":
+        return WeightFormat(Scheme(8, grid="float"), Scheme(8, grid="float"))
     grid: Any = features.int4_grid
     bits = int(features.weight_precision.removeprefix("int"))
     return WeightFormat(Scheme(bits, int(features.int4_group), grid), HEAD_OF_INT4, features.int4_rounding == "gptq")

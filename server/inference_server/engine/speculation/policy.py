@@ -50,9 +50,7 @@ class Speculation:
             return None
 
         if any(request.pending for request in requests):
-            # The step is launched ahead, before it is known what there is to go on from.
-            self._adaptive.rest()
-            return None
+            return None  # the step is launched ahead, before it is known what there is to go on from
         if features.adaptive_speculation:
             counts = self._decide(features, requests)
             return lambda request: counts.get(request.handle, 0)
@@ -83,7 +81,7 @@ class Speculation:
                 wanted.append((request, method_of(request, features), count))
             else:
                 plain += 1
-        counts = self._adaptive.decide(wanted, plain) if wanted else {}
+        counts = self._adaptive.decide(wanted, plain)
         self.wishing_ns += time.monotonic_ns() - begin
         return counts
 
@@ -136,7 +134,14 @@ class Speculation:
         return "+".join(sorted(by_method)) if plan.num_drafts else ""
 
     def learn(
-        self, plan: StepPlan, features: Features, accepted: Mapping[int, int], step_ns: int | None, draft_ns: int
+        self,
+        plan: StepPlan,
+        features: Features,
+        accepted: Mapping[int, int],
+        step_ns: int | None,
+        draft_ns: int,
+        *,
+        ahead: bool,
     ) -> None:
         """Take in what became of a step.
 
@@ -151,13 +156,15 @@ class Speculation:
             How long the step took without proposing; ``None`` where that says nothing about other steps.
         draft_ns : int
             How long proposing took.
+        ahead : bool
+            Whether the step was launched before the tokens of the one before it were known.
         """
         verified = [
             (item, method_of(item.request, features), accepted.get(item.request.handle, 0))
             for item in plan.items
             if item.drafts
         ]
-        self._adaptive.observe(plan.items, verified, step_ns, draft_ns)
+        self._adaptive.observe(plan.items, verified, step_ns, draft_ns, ahead=ahead)
 
     def switched(self, names: Collection[str]) -> None:
         """Some features have other values from now on."""
