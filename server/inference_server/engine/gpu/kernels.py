@@ -452,6 +452,18 @@ def _joined(even, odd):
 
 
 @triton.jit
+def _scores(q_even, q_odd, k_even, k_odd, precision: tl.constexpr):
+    """Products ``[m, n]`` of heads given as halves, ``[m, D / 2]`` and ``[n, D / 2]``."""
+    if q_even.shape[1] < 16:  # the matrix units take no fewer
+        even = q_even.to(tl.float32)[:, None, :] * k_even.to(tl.float32)[None, :, :]
+        scores = tl.sum(even + q_odd.to(tl.float32)[:, None, :] * k_odd.to(tl.float32)[None, :, :], axis=2)
+    else:
+        scores = tl.dot(q_even, tl.trans(k_even), input_precision=precision)
+        scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision=precision)
+    return scores
+
+
+@triton.jit
 def _store(k, v, keys, values, key_scales, value_scales, place, given, D: tl.constexpr, SCALED: tl.constexpr):
     """Write keys and values ``[n, D]`` to heads ``place`` of the cache; return them as they are there, and their scales."""
     at, mask = place[:, None] * D + tl.arange(0, D)[None, :], given[:, None]
@@ -577,8 +589,7 @@ def _attend_decode_kernel(
                 place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
                 if SCALED:
                     k = _units(keys, place, inside, D)
-                    scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
-                    scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
+                    scores = _scores(q_even, q_odd, _bytes(k, keys, 0, q), _bytes(k, keys, 1, q), precision)
                     scores *= tl.load(key_scales + place // D, mask=inside, other=0.0)[None, :]
                 else:
                     k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -695,8 +706,7 @@ def _attend_tiles(
         where = slot * (KV * D) + head * D
         if SCALED:
             k = _units(keys, where, inside, D)
-            scores = tl.dot(q_even, tl.trans(_bytes(k, keys, 0, q)), input_precision=precision)
-            scores = tl.dot(q_odd, tl.trans(_bytes(k, keys, 1, q)), scores, input_precision=precision)
+            scores = _scores(q_even, q_odd, _bytes(k, keys, 0, q), _bytes(k, keys, 1, q), precision)
             scores *= tl.load(key_scales + where // D, mask=inside, other=0.0)[None, :] * (scale * LOG2E)
         else:
             k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -956,7 +966,7 @@ def _decode_tile(rows: int, *, wide: bool, narrow: bool) -> tuple[int, int, int]
     scale that it needs itself.
     """
     if narrow:
-        return (64, 2, 2 if wide else 3) if rows < 16 else (128, 4, 2)
+        return (128, 4, 2 if wide else 3) if rows < 128 else (64, 2, 2 if wide else 3)
     if wide:
         return 64, 4, 2
     if rows < 16:

@@ -755,12 +755,14 @@ def linear(
     step = 2 if pair else 1
     share = triton.cdiv(triton.cdiv(matrix.blocks, step), tile.splits) * step
     programs = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns), tile.splits)
+    wide = x.dtype == torch.float32
+    stages = tile.stages // 2 if wide else tile.stages  # rows of float32 take twice the shared memory
     # Lines of 128 bytes hold two blocks.
     lines = int(triton.next_power_of_2(triton.cdiv(tile.ahead, 2))) if tile.ahead and n % tile.columns == 0 else 0
     kernels.start(_few_rows_kernel, programs)(
         x, descriptors[0], units, descriptors[1], matrix.numbers, out, m, n, k, matrix.blocks, matrix.groups, share,
         matrix.scheme.stored_bits, grid, matrix.group, count, gated, after, tile.rows, tile.columns, pair, bulk,
-        0 if kernels.INTERPRETED else lines, x.dtype == torch.float32 or kernels.INTERPRETED, tile.stages, pdl,
+        0 if kernels.INTERPRETED else lines, wide or kernels.INTERPRETED, stages, pdl,
         num_warps=tile.warps, **kernels.launch_options(pdl),
     )  # fmt: skip
 
