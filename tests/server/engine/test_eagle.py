@@ -105,7 +105,7 @@ def test_the_kernels_compute_what_torch_does(dtype: torch.dtype) -> None:
     for norm in (head.input_norm, head.hidden_norm, head.post_norm, head.norm):
         norm.data.uniform_(0.5, 1.5)
     embed = torch.randn(256, 64).to(dtype)
-    plain, fast = TorchHeadRunner(head, embed, 1024, 16), CpuHeadRunner(head, embed, 1024, 16, 600, 1)
+    plain, fast = TorchHeadRunner(head, embed, 1024, 16), CpuHeadRunner(head, embed, dtype, 1024, 16, 600, 1)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     features = torch.randn(5, 192)
     assert (fast.fuse(features) - plain.fuse(features)).norm() <= tolerance * plain.fuse(features).norm()

@@ -24,7 +24,9 @@ class CpuHeadRunner:
     ----------
     head : EagleHead
     embed : Tensor
-        ``[vocab, hidden]`` the model's embedding, in the dtype to compute in: float32 or bfloat16.
+        ``[vocab, hidden]`` the model's embedding.
+    dtype : torch.dtype
+        To compute in: float32 or bfloat16.
     num_slots, block_size : int
         Of the head's cache.
     max_len : int
@@ -33,9 +35,16 @@ class CpuHeadRunner:
     """
 
     def __init__(
-        self, head: EagleHead, embed: Tensor, num_slots: int, block_size: int, max_len: int, threads: int
+        self,
+        head: EagleHead,
+        embed: Tensor,
+        dtype: torch.dtype,
+        num_slots: int,
+        block_size: int,
+        max_len: int,
+        threads: int,
     ) -> None:
-        shape, dtype = head.shape, embed.dtype
+        shape = head.shape
         self._shape, self._embed, self._dtype, self._block_size = shape, embed, dtype, block_size
         self._hidden_norm = head.hidden_norm.detach() if shape.norm_before_residual else None
         gains = torch.cat([head.input_norm, head.hidden_norm]).detach()

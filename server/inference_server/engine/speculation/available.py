@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from inference_server.engine.attention import PagedKVTensors
@@ -125,11 +126,22 @@ def _add_head(
     layers = head.shape.feature_layers
     plain.capture_at(layers)
     if fast is not None:
+        from inference_server.engine.cpu import kernels  # noqa: PLC0415 - compiled
         from inference_server.engine.cpu.head import CpuHeadRunner  # noqa: PLC0415 - imports the compiled kernels
 
         fast.capture_at(layers)
+        # Half as many bytes to read for each proposal, of a head that was rounded already.
+        narrow = head.stored == torch.bfloat16 and kernels.NATIVE_BF16
         slots, threads = blocks * DRAFT_BLOCK, fast.team.threads
-        runner = CpuHeadRunner(head, embed, slots, DRAFT_BLOCK, capacity.max_model_len, threads)
+        runner = CpuHeadRunner(
+            head,
+            embed,
+            torch.bfloat16 if narrow else embed.dtype,
+            slots,
+            DRAFT_BLOCK,
+            capacity.max_model_len,
+            threads,
+        )
     else:
         runner = TorchHeadRunner(head, embed, blocks * DRAFT_BLOCK, DRAFT_BLOCK)
     result.by_name["eagle"] = EagleProposer(runner, KVCache(blocks, DRAFT_BLOCK), capacity.max_model_len)

@@ -71,6 +71,8 @@ class EagleHead(nn.Module):
     def __init__(self, shape: HeadShape, proposed: Tensor) -> None:
         super().__init__()
         self.shape = shape
+        self.stored = torch.float32
+        """What the weights were read as: that type holds them all without rounding."""
         hidden, both = shape.hidden, 2 * shape.hidden
         self.fc = nn.Linear(3 * hidden, hidden, bias=False)
         self.input_norm = nn.Parameter(torch.ones(hidden))
@@ -260,6 +262,7 @@ def load(folder: Path) -> EagleHead:
         raise ModelError(
             f"the head in {folder} does not have the sizes that its configuration says: {error}"
         ) from error
+    head.stored = tensors["fc.weight"].dtype
     return head.eval().requires_grad_(requires_grad=False)
 
 
