@@ -70,8 +70,8 @@ def test_switching_the_kv_cache_in_mid_generation_shows_its_cost_and_tilts_the_l
     workbench = open_panel(page, lab)
     toggle = workbench.locator("[data-feature=kv_cache] .iw-toggle")
     result = workbench.locator("[data-feature=kv_cache] .iw-switch-result")
-    # Many tokens with the cache: they must go on for longer than the page's work on what the switch changed, which takes
-    # a core of the two away.
+    # Many tokens with the cache: they must go on for longer than the page's work on what the switch changed, which
+    # takes one of the cores away.
     generate(workbench, "long", tokens=400)
     wait_tokens(page, 40)
     toggle.click()
