@@ -47,6 +47,7 @@ export class PaintLoop {
   private timer: ReturnType<typeof setTimeout> | null = null;
   private readonly channel = new MessageChannel();
   private pendingSentNs: number | null = null;
+  private readonly begun = pageNow();
 
   constructor(
     private readonly painter: Painter,
@@ -132,7 +133,9 @@ export class PaintLoop {
     this.painter.paint();
     if (newest !== null && newest > this.lastPaintedSentNs) {
       this.lastPaintedSentNs = newest;
-      this.pendingSentNs = newest;
+      // What the server had sent before there was a view, and told again, was not on its way to this one.
+      const begun = this.painter.serverTime(this.begun);
+      this.pendingSentNs = begun !== null && newest >= begun ? newest : null;
     }
     // Handled after the browser has laid out and painted this frame.
     this.channel.port2.postMessage(null);
