@@ -452,8 +452,10 @@ def _joined(even, odd):
 
 
 @triton.jit
-def _scores(q_even, q_odd, k_even, k_odd, precision: tl.constexpr):
-    """Products ``[m, n]`` of heads given as halves, ``[m, D / 2]`` and ``[n, D / 2]``."""
+def _scores(q_even, q_odd, keys, place, inside, like, precision: tl.constexpr, D: tl.constexpr):
+    """Products ``[m, n]`` of heads given as halves, ``[m, D / 2]``, with ``n`` keys in 8 bits, without their scales."""
+    unit = _units(keys, place, inside, D)
+    k_even, k_odd = _bytes(unit, keys, 0, like), _bytes(unit, keys, 1, like)
     if q_even.shape[1] < 16:  # the matrix units take no fewer
         even = q_even.to(tl.float32)[:, None, :] * k_even.to(tl.float32)[None, :, :]
         scores = tl.sum(even + q_odd.to(tl.float32)[:, None, :] * k_odd.to(tl.float32)[None, :, :], axis=2)
@@ -461,6 +463,19 @@ def _scores(q_even, q_odd, k_even, k_odd, precision: tl.constexpr):
         scores = tl.dot(q_even, tl.trans(k_even), input_precision=precision)
         scores = tl.dot(q_odd, tl.trans(k_odd), scores, input_precision=precision)
     return scores
+
+
+@triton.jit
+def _add_values(
+    even, odd, shares, values, value_scales, place, inside, like, precision: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Add values in 8 bits by their shares ``[m, n]`` to the even and the odd elements of what was attended to."""
+    shares = shares * tl.load(value_scales + place // D, mask=inside, other=0.0)[None, :]
+    shares = shares.to(like.dtype)
+    unit = _units(values, place, inside, D)
+    even = tl.dot(shares, _bytes(unit, values, 0, like), even, input_precision=precision)
+    odd = tl.dot(shares, _bytes(unit, values, 1, like), odd, input_precision=precision)
+    return even, odd
 
 
 @triton.jit
@@ -588,8 +603,7 @@ def _attend_decode_kernel(
                 slot = tl.load(table + p // block_size, mask=inside, other=0)
                 place = (slot.to(tl.int64) * block_size + p % block_size) * (KV * D) + head * D
                 if SCALED:
-                    k = _units(keys, place, inside, D)
-                    scores = _scores(q_even, q_odd, _bytes(k, keys, 0, q), _bytes(k, keys, 1, q), precision)
+                    scores = _scores(q_even, q_odd, keys, place, inside, q, precision, D)
                     scores *= tl.load(key_scales + place // D, mask=inside, other=0.0)[None, :]
                 else:
                     k = tl.load(keys + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -604,11 +618,7 @@ def _attend_decode_kernel(
                 total = total * factor[:, None]
                 if SCALED:
                     odd = odd * factor[:, None]
-                    shares = shares * tl.load(value_scales + place // D, mask=inside, other=0.0)[None, :]
-                    shares = shares.to(q.dtype)
-                    v = _units(values, place, inside, D)
-                    total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
-                    odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
+                    total, odd = _add_values(total, odd, shares, values, value_scales, place, inside, q, precision, D)
                 else:
                     v = tl.load(values + place[:, None] + d[None, :], mask=inside[:, None], other=0.0)
                     if WIDE:
@@ -705,8 +715,7 @@ def _attend_tiles(
         slot = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64) * block_size + p % block_size
         where = slot * (KV * D) + head * D
         if SCALED:
-            k = _units(keys, where, inside, D)
-            scores = _scores(q_even, q_odd, _bytes(k, keys, 0, q), _bytes(k, keys, 1, q), precision)
+            scores = _scores(q_even, q_odd, keys, where, inside, q, precision, D)
             scores *= tl.load(key_scales + where // D, mask=inside, other=0.0)[None, :] * (scale * LOG2E)
         else:
             k = tl.load(keys + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
@@ -726,11 +735,7 @@ def _attend_tiles(
         total = total * factor[:, None]
         if SCALED:
             odd = odd * factor[:, None]
-            shares = shares * tl.load(value_scales + where // D, mask=inside, other=0.0)[None, :]
-            shares = shares.to(q.dtype)
-            v = _units(values, where, inside, D)
-            total = tl.dot(shares, _bytes(v, values, 0, q), total, input_precision=precision)
-            odd = tl.dot(shares, _bytes(v, values, 1, q), odd, input_precision=precision)
+            total, odd = _add_values(total, odd, shares, values, value_scales, where, inside, q, precision, D)
         else:
             v = tl.load(values + where[:, None] + d[None, :], mask=inside[:, None], other=0.0)
             if WIDE:

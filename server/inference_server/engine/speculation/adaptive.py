@@ -178,7 +178,8 @@ class Adaptive:
                 self._plain_steps = PLAIN_STEPS
                 return none
         elif all(counts.values()):
-            self._savings -= 0 if wanted or self._paying else alone / base  # it was looked for proposals in vain
+            if not wanted and not self._paying:  # it was looked for proposals in vain
+                self._savings -= alone / base
         elif not (self._tried and any(counts.values())):  # what pays is also to be seen by itself
             trial, price, new = self._choose_trial(wanted, number, counts, 0.0 if self._paying else alone)
             self._price = price / base
